@@ -1,0 +1,34 @@
+"""What holds for every test: strict JAX promotion, no network, no cache of an earlier run, the same draws."""
+
+import os
+import random
+import sys
+import tempfile
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+CACHE = tempfile.TemporaryDirectory(prefix="flux-jax-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # nothing is read from, or left in, the user's caches ...
+os.environ["HF_HOME"] = os.path.join(CACHE.name, "huggingface")
+os.environ["HF_HUB_OFFLINE"] = "1"  # ... nor fetched; processes that tests start inherit this
+os.environ["MPLBACKEND"] = "agg"
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_enable_compilation_cache", False)  # tests of the cache run in processes of their own
+
+# No deadline: the first example of a jitted function compiles it.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """The same draws in every test, whatever ran before it; JAX needs none, its keys are explicit."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - third-party code draws from it
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
