@@ -1,0 +1,1 @@
+"""1.58-bit FLUX in JAX."""

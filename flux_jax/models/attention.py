@@ -1,0 +1,48 @@
+"""Rotary positions and attention.
+
+In: queries, keys and values [b, t, heads, d]; position ids [t, axes]. Out: attended values [b, t, heads, d].
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def rotary(ids: np.ndarray, axes_dim: tuple[int, ...], theta: float) -> np.ndarray:
+    """Cosines and sines [2, t, d / 2] (float32) of every token's position angles, d = sum(axes_dim).
+
+    ids [t, axes] are positions along each axis (for FLUX: 0, row, column). Axis a with width w turns its i-th pair of
+    channels by ids[:, a] * theta ** (-2 i / w). Angles are computed in float64, as diffusers does: at theta 10,000 a
+    float32 angle loses the last bits of large positions.
+    """
+    angles = np.concatenate(
+        [
+            np.outer(ids[:, axis].astype(np.float64), theta ** (-np.arange(0, width, 2, dtype=np.float64) / width))
+            for axis, width in enumerate(axes_dim)
+        ],
+        axis=-1,
+    )
+    return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+
+
+def rotate(x: Float[Array, "b t h d"], rope: Float[Array, "2 t d/2"]) -> Float[Array, "b t h d"]:
+    """Turn each interleaved pair of channels (2i, 2i + 1) by its position's angle, in float32 (RoFormer, section 3.2)."""
+    cos, sin = rope[:, None, :, None]
+    even, odd = jnp.unstack(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), axis=-1)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "b t h d"], k: Float[Array, "b t h d"], v: Float[Array, "b t h d"], rope: Float[Array, "2 t d/2"]
+) -> Float[Array, "b t h*d"]:
+    """softmax(rotate(q) rotate(k)^T / sqrt(d)) v over all tokens, heads joined in the last axis.
+
+    cuDNN's fused kernel runs where it can (a GPU and 16-bit types: no logits in memory), XLA's elsewhere.
+    """
+    fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    out = jax.nn.dot_product_attention(
+        rotate(q, rope), rotate(k, rope), v, implementation="cudnn" if fused else "xla"
+    )
+    return out.reshape(*out.shape[:2], -1)

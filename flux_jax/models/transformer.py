@@ -1,0 +1,130 @@
+"""FLUX's transformer: noisy image tokens and text tokens in, the velocity of the image tokens out.
+
+In: image tokens [b, i, in_channels], text [b, t, text_dim], `Modulation`, rotary table [2, t + i, head_dim / 2].
+Out: velocity [b, i, in_channels]. Blocks are stacked on a leading axis in every leaf and scanned, so that the compiled
+program holds one block of each kind. Modulation depends only on (timestep, guidance, pooled text), never on the image:
+`modulation` computes it apart, and a sampler may do so for all steps before its loop.
+Source: black-forest-labs/flux `src/flux/model.py`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flux_jax.config import TransformerConfig
+from flux_jax.models.blocks import DoubleBlock, SingleBlock, modulate
+from flux_jax.models.linear import Linear
+
+
+class Modulation(NamedTuple):
+    """The (shift, scale, gate) vectors of every layer for a batch; leaves may carry further leading axes (steps)."""
+
+    double_img: Float[Array, "*s L b 6*d"]
+    double_txt: Float[Array, "*s L b 6*d"]
+    single: Float[Array, "*s M b 3*d"]
+    final: Float[Array, "*s b 2*d"]
+
+
+def sinusoidal(t: Float[Array, " b"], width: int, max_period: float = 10_000.0) -> Float[Array, "b {width}"]:
+    """cos and sin of 1000 t max_period ** (-2i / width), cosines first (BFL `timestep_embedding`), float32."""
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = (1000.0 * t)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Embedder(nnx.Module):
+    """Two linears with SiLU between: [b, d_in] -> [b, d]."""
+
+    def __init__(self, d_in: int, d: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.in_layer = Linear(d_in, d, dtype=dtype, rngs=rngs)
+        self.out_layer = Linear(d, d, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b d"]:
+        return self.out_layer(jax.nn.silu(self.in_layer(x)))
+
+
+class FinalLayer(nnx.Module):
+    """Modulated norm and projection back to the latent's channels."""
+
+    def __init__(self, config: TransformerConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.mod = Linear(config.hidden_size, 2 * config.hidden_size, dtype=dtype, rngs=rngs)
+        self.linear = Linear(config.hidden_size, config.in_channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b i d"], mod: Float[Array, "b 2*d"]) -> Float[Array, "b i c"]:
+        shift, scale = jnp.split(mod, 2, -1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class Transformer(nnx.Module):
+    """The velocity model v(x_t, t, text, guidance); see `TransformerConfig` for its dimensions."""
+
+    def __init__(self, config: TransformerConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        d = config.hidden_size
+        self.time_in = Embedder(config.timestep_dim, d, dtype=dtype, rngs=rngs)
+        self.vector_in = Embedder(config.pooled_dim, d, dtype=dtype, rngs=rngs)
+        self.guidance_in = Embedder(config.timestep_dim, d, dtype=dtype, rngs=rngs) if config.guidance_embeds else None
+        self.img_in = Linear(config.in_channels, d, dtype=dtype, rngs=rngs)
+        self.txt_in = Linear(config.text_dim, d, dtype=dtype, rngs=rngs)
+        self.double_blocks = stack(DoubleBlock, config.num_double_blocks, config, dtype=dtype, rngs=rngs)
+        self.single_blocks = stack(SingleBlock, config.num_single_blocks, config, dtype=dtype, rngs=rngs)
+        self.final_layer = FinalLayer(config, dtype=dtype, rngs=rngs)
+        self.config = config
+
+    def modulation(
+        self,
+        timesteps: Float[Array, " b"],
+        guidance: Float[Array, " b"] | None,
+        pooled: Float[Array, "b p"],
+    ) -> Modulation:
+        """Every layer's modulation at noise levels `timesteps` (float32, 1 is pure noise); guidance is float32, or
+        ignored by a model without guidance embedding. Raises ValueError if the model needs guidance and has none."""
+        dtype, width = pooled.dtype, self.config.timestep_dim
+        with jax.named_scope("modulation"):
+            vec = self.time_in(sinusoidal(timesteps, width).astype(dtype)) + self.vector_in(pooled)
+            if self.guidance_in is not None:
+                if guidance is None:
+                    raise ValueError("this model embeds guidance: pass `guidance`, float32 [b]")
+                vec = vec + self.guidance_in(sinusoidal(guidance, width).astype(dtype))
+            vec = jax.nn.silu(vec)
+            each = jax.vmap(lambda linear: linear(vec))
+            return Modulation(
+                each(self.double_blocks.img.mod),
+                each(self.double_blocks.txt.mod),
+                each(self.single_blocks.mod),
+                self.final_layer.mod(vec),
+            )
+
+    def __call__(
+        self,
+        img: Float[Array, "b i c"],
+        txt: Float[Array, "b t k"],
+        modulation: Modulation,
+        rope: Float[Array, "2 t+i h/2"],
+    ) -> Float[Array, "b i c"]:
+        img, txt = self.img_in(img), self.txt_in(txt)
+
+        def double(x, layer):
+            block, img_mod, txt_mod = layer
+            with jax.named_scope("double_block"):
+                return block(*x, img_mod, txt_mod, rope), None
+
+        layers = (self.double_blocks, modulation.double_img, modulation.double_txt)
+        (img, txt), _ = jax.lax.scan(double, (img, txt), layers)
+
+        def single(x, layer):
+            block, mod = layer
+            with jax.named_scope("single_block"):
+                return block(x, mod, rope), None
+
+        x, _ = jax.lax.scan(single, jnp.concatenate([txt, img], axis=1), (self.single_blocks, modulation.single))
+        with jax.named_scope("final_layer"):
+            return self.final_layer(x[:, txt.shape[1] :], modulation.final)
+
+
+def stack(block, count: int, *args, dtype, rngs: nnx.Rngs):
+    """`count` independently initialised blocks as one module whose leaves have a leading axis of that length."""
+    return nnx.vmap(lambda r: block(*args, dtype=dtype, rngs=r))(rngs.fork(split=count))
