@@ -1,0 +1,310 @@
+"""The captions of FLUX-nano: a small closed grammar in GenEval's six tags, its inverse, and what is kept out of training.
+
+    prefix   none | "a photo of" | "a picture of" | "a drawing of" | "an image of" | "a painting of"
+    single_object  a circle | one circle | a single circle
+    colors         a red circle | one red circle | a single red circle
+    two_object     a circle and a square | one circle and one square | a single circle and a single square
+    color_attr     a red circle and a blue square
+    counting       three triangles | three red triangles
+    position       a circle above a square | a red circle to the left of a blue square
+
+Two named objects always have two shapes and, where colours are named, two colours.
+
+Held out. A combination below never stands in a training caption of any tag, so every caption that has one is new:
+  pair    a colour on a shape: 8 of 48 (each colour lacks one shape)                      -> tag colors
+  shapes  two shapes in one picture, whatever the order: 3 of 15 (each shape lacks one)   -> tag two_object
+  number  a count of a coloured shape: one of 2, 3, 4 for each pair                       -> tag counting, with colours
+  place   a shape to the left of or above another: 1 of 4 places for each two shapes      -> tag position
+  binding two colours on two shapes: one in five, by a hash                               -> tag color_attr
+`scene_for` keeps pairs, shapes, numbers and bindings out of training pictures too; places only out of the captions (a
+picture of two shapes has some place for them). Nothing can be kept out for single_object: it names only a shape.
+A held-out caption has its own tag's held-out combination and none of a simpler kind, so that a tag measures one thing.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations, product
+
+import numpy as np
+
+from flux_jax.nano.world import COLORS, SHAPES, Scene, paint, place
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ")
+COUNTS = {"two": 2, "three": 3, "four": 4}
+RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+EVALUATION = {  # GenEval's numbers of captions, 553 in all
+    "single_object": 80,
+    "two_object": 99,
+    "counting": 80,
+    "colors": 94,
+    "position": 100,
+    "color_attr": 100,
+}
+WEIGHTS = dict(zip(TAGS, (0.07, 0.16, 0.21, 0.10, 0.26, 0.20), strict=True))  # of the tags in training
+
+_DETERMINERS = ("a", "one", "a single")
+_NAMES = tuple(COLORS)
+_PLURALS = {shape + ("es" if shape.endswith("s") else "s"): shape for shape in SHAPES}
+_PLURAL_OF = {shape: plural for plural, shape in _PLURALS.items()}
+_UNSEEN_SHAPES = ({"circle", "star"}, {"square", "cross"}, {"triangle", "diamond"})
+
+VOCABULARY: tuple[str, ...] = tuple(
+    sorted(
+        {word for phrase in (*PREFIXES, *_DETERMINERS, *RELATIONS.values()) for word in phrase.split()}
+        | {"a", "an", "and", *COUNTS, *SHAPES, *_PLURALS, *COLORS}
+    )
+)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a caption says of one kind of object: `count` of `shape`, all of `color` (None: any)."""
+
+    shape: str
+    color: str | None = None
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A text and its meaning. `relation`: a key of RELATIONS, of the first object to the second, or None."""
+
+    text: str
+    tag: str
+    objects: tuple[Spec, ...]
+    relation: str | None = None
+
+
+def tag_of(objects: tuple[Spec, ...], relation: str | None) -> str:
+    """The GenEval tag that a meaning belongs to."""
+    if relation:
+        return "position"
+    if len(objects) == 2:
+        return "color_attr" if objects[0].color else "two_object"
+    if objects[0].count > 1:
+        return "counting"
+    return "colors" if objects[0].color else "single_object"
+
+
+def phrase(objects: tuple[Spec, ...], relation: str | None = None, prefix: str = "", determiner: str = "a") -> Caption:
+    """Puts a meaning into words. `determiner` counts for single objects only ("a", "one", "a single")."""
+    parts = []
+    for spec in objects:
+        noun = " ".join(word for word in (spec.color, spec.shape) if word)
+        if spec.count > 1:
+            number = next(word for word, count in COUNTS.items() if count == spec.count)
+            parts.append(f"{number} {noun[: -len(spec.shape)]}{_PLURAL_OF[spec.shape]}")
+        else:
+            parts.append(f"{'an' if determiner == 'a' and noun[0] in 'aeiou' else determiner} {noun}")
+    text = prefix + f" {RELATIONS[relation] if relation else 'and'} ".join(parts)
+    return Caption(text, tag_of(objects, relation), objects, relation)
+
+
+@cache
+def _patterns() -> tuple[re.Pattern, re.Pattern]:
+    prefixes = "|".join(prefix.strip() for prefix in PREFIXES if prefix)
+    links = "|".join(("and", *RELATIONS.values()))
+    number = "|".join(("a single", "an", "a", "one", *COUNTS))
+    noun = rf"(?P<number>{number})(?: (?P<color>{'|'.join(COLORS)}))? (?P<noun>{'|'.join((*_PLURALS, *SHAPES))})"
+    return re.compile(rf"(?:(?:{prefixes}) )?(.+?)(?: ({links}) (.+))?"), re.compile(noun)
+
+
+def parse(text: str) -> Caption | None:
+    """The meaning of a caption, or None where the grammar does not hold it. Case, spaces, a final full stop and a
+    wrong choice of "a" or "an" do not matter; `text` is kept as given."""
+    whole, noun = _patterns()
+    match = whole.fullmatch(" ".join(text.lower().rstrip(". \n").split()))
+    if not match:
+        return None
+    first, link, second = match.groups()
+    specs = []
+    for words in (first, second) if second else (first,):
+        found = noun.fullmatch(words)
+        if not found:
+            return None
+        count = COUNTS.get(found["number"], 1)
+        plural = found["noun"] in _PLURALS
+        if plural != (count > 1):
+            return None
+        specs.append(Spec(_PLURALS.get(found["noun"], found["noun"]), found["color"], count))
+    if len(specs) == 2:
+        one, two = specs
+        same = one.shape == two.shape or (one.color is not None and one.color == two.color)
+        if same or (one.color is None) != (two.color is None) or max(one.count, two.count) > 1:
+            return None
+    relation = next((name for name, words in RELATIONS.items() if words == link), None)
+    objects = tuple(specs)
+    return Caption(text, tag_of(objects, relation), objects, relation)
+
+
+def _hash(*words: object) -> int:
+    return int.from_bytes(hashlib.sha256("|".join(map(str, words)).encode()).digest()[:8], "big")
+
+
+@cache
+def unseen_pair(shape: str, color: str) -> bool:
+    """Whether this colour never comes on this shape in training."""
+    return (SHAPES.index(shape) + _NAMES.index(color)) % len(SHAPES) == 3
+
+
+@cache
+def unseen_number(shape: str, color: str, count: int) -> bool:
+    """Whether this many of this coloured shape never come in training."""
+    return count == 2 + _hash("number", shape, color) % 3
+
+
+@cache
+def unseen_place(first: str, relation: str, second: str) -> bool:
+    """Whether no training caption says this. "a right of b" and "b left of a" are the same."""
+    if relation in ("right of", "below"):
+        first, relation, second = second, OPPOSITE[relation], first
+    low, high = sorted((first, second))
+    places = [(a, r, b) for r in ("left of", "above") for a, b in ((low, high), (high, low))]
+    return places[_hash("place", low, high) % 4] == (first, relation, second)
+
+
+@cache
+def unseen_binding(first: tuple[str, str | None], second: tuple[str, str | None]) -> bool:
+    """Whether these two (shape, colour) never come together in training, whatever their order."""
+    return _hash("binding", *sorted((first, second))) % 5 == 0
+
+
+def unseen(objects: tuple[Spec, ...], relation: str | None = None) -> frozenset[str]:
+    """The kinds of held-out combinations in a meaning: of pair, shapes, number, place, binding."""
+    kinds = {"pair" for spec in objects if spec.color and unseen_pair(spec.shape, spec.color)}
+    if len(objects) == 1:
+        spec = objects[0]
+        if spec.color and spec.count > 1 and unseen_number(spec.shape, spec.color, spec.count):
+            kinds.add("number")
+    else:
+        one, two = objects
+        if {one.shape, two.shape} in _UNSEEN_SHAPES:
+            kinds.add("shapes")
+        if relation and unseen_place(one.shape, relation, two.shape):
+            kinds.add("place")
+        if one.color and two.color and unseen_binding((one.shape, one.color), (two.shape, two.color)):
+            kinds.add("binding")
+    return frozenset(kinds)
+
+
+_OWN_KIND = {
+    "two_object": "shapes",
+    "counting": "number",
+    "colors": "pair",
+    "position": "place",
+    "color_attr": "binding",
+}
+
+
+def held_out(caption: Caption) -> bool:
+    """Whether the caption belongs to the evaluation: exactly its own tag's kind of combination is unseen."""
+    return unseen(caption.objects, caption.relation) == {_OWN_KIND.get(caption.tag)}
+
+
+def in_training(caption: Caption) -> bool:
+    """Whether training may use the caption: nothing in it is held out."""
+    return not unseen(caption.objects, caption.relation)
+
+
+def sample_caption(rng: np.random.Generator, tag: str, split: str = "train") -> Caption:
+    """A random caption of `tag`; split "train": nothing held out in it; "held_out": only such as `held_out` says (for
+    single_object, where nothing can be, any)."""
+    wanted = held_out if split == "held_out" and tag != "single_object" else in_training
+    colored = tag in ("colors", "color_attr") or (
+        tag in ("counting", "position") and (rng.random() < 0.5 or (tag == "counting" and split == "held_out"))
+    )
+    number = 2 if tag in ("two_object", "position", "color_attr") else 1
+    prefix = PREFIXES[rng.choice(len(PREFIXES), p=(0.35, 0.25, 0.1, 0.1, 0.1, 0.1))]
+    determiner = _DETERMINERS[rng.choice(3, p=(0.7, 0.15, 0.15))] if tag in _DETERMINED else "a"
+    while True:
+        shapes = rng.permutation(len(SHAPES))[:number]
+        colors = rng.permutation(len(_NAMES))[:number]
+        count = int(rng.integers(2, 5)) if tag == "counting" else 1
+        relation = tuple(RELATIONS)[rng.integers(4)] if tag == "position" else None
+        objects = tuple(
+            Spec(SHAPES[s], _NAMES[c] if colored else None, count) for s, c in zip(shapes, colors, strict=True)
+        )
+        caption = phrase(objects, relation, prefix, determiner)
+        if wanted(caption):
+            return caption
+
+
+_DETERMINED = ("single_object", "two_object", "colors")
+
+
+def scene_for(rng: np.random.Generator, caption: Caption, split: str = "train") -> Scene:
+    """A random scene with exactly the caption's objects. Colours left open are random (all of one colour where objects
+    are counted), and with split "train" never add a held-out combination. A relation holds along the axis of the
+    larger offset, which is at least twice the other."""
+    while True:
+        objects = tuple(
+            Spec(spec.shape, spec.color or _NAMES[rng.integers(len(_NAMES))], spec.count) for spec in caption.objects
+        )
+        if split != "train" or unseen(objects) <= unseen(caption.objects):
+            break
+    looks = [(spec.shape, str(spec.color)) for spec in objects for _ in range(spec.count)]
+    while True:
+        boxes = place(rng, len(looks))
+        if caption.relation is None or _clear(caption.relation, *boxes):
+            return paint(rng, looks, boxes)
+
+
+def _clear(relation: str, first: tuple[float, float, float], second: tuple[float, float, float]) -> bool:
+    across, down = first[0] - second[0], first[1] - second[1]
+    major, minor = (across, down) if relation in ("left of", "right of") else (down, across)
+    return (major < 0) == (relation in ("left of", "above")) and abs(major) >= 2 * abs(minor)
+
+
+def sample(rng: np.random.Generator, split: str = "train") -> tuple[Caption, Scene]:
+    """One training (or "held_out") example, its tag drawn by WEIGHTS: the harder tags come more often."""
+    caption = sample_caption(rng, TAGS[rng.choice(len(TAGS), p=tuple(WEIGHTS.values()))], split)
+    return caption, scene_for(rng, caption, split)
+
+
+def _meanings(tag: str) -> Iterator[tuple[tuple[Spec, ...], str | None]]:
+    """Every meaning of a tag: (objects, relation)."""
+    if tag == "single_object":
+        yield from (((Spec(shape),), None) for shape in SHAPES)
+    elif tag == "colors":
+        yield from (((Spec(shape, color),), None) for shape, color in product(SHAPES, COLORS))
+    elif tag == "counting":
+        colors = (None, *COLORS)
+        yield from (((Spec(s, c, n),), None) for s, c, n in product(SHAPES, colors, COUNTS.values()))
+    else:
+        relations = tuple(RELATIONS) if tag == "position" else (None,)
+        colored = () if tag == "two_object" else permutations(COLORS, 2)
+        plain = () if tag == "color_attr" else ((None, None),)
+        for (a, b), colors, relation in product(permutations(SHAPES, 2), (*plain, *colored), relations):
+            yield (Spec(a, colors[0]), Spec(b, colors[1])), relation
+
+
+def _wordings(tag: str, objects: tuple[Spec, ...], relation: str | None) -> list[Caption]:
+    """All wordings of a meaning, shuffled by a hash that never changes."""
+    determiners = _DETERMINERS if tag in _DETERMINED else ("a",)
+    captions = [phrase(objects, relation, *words) for words in product(PREFIXES, determiners)]
+    return sorted(captions, key=lambda caption: _hash("wording", caption.text))
+
+
+@cache
+def evaluation_captions() -> tuple[Caption, ...]:
+    """The 553 captions of the evaluation, all different, in GenEval's proportions, tag by tag. All but single_object's
+    are held out. Few combinations are unseen where there are few in all (8 pairs, 3 couples of shapes, 40 numbers,
+    12 places), so they come in several wordings each; half of the positions name colours."""
+    chosen: list[Caption] = []
+    for tag, number in EVALUATION.items():
+        meanings = [m for m in _meanings(tag) if tag == "single_object" or unseen(*m) == {_OWN_KIND[tag]}]
+        meanings.sort(key=lambda m: _hash("meaning", m))
+        if tag == "position":
+            groups = [[m for m in meanings if bool(m[0][0].color) == colored] for colored in (False, True)]
+            shares = [number // 2, number - number // 2]
+        else:
+            groups, shares = [meanings], [number]
+        for group, share in zip(groups, shares, strict=True):
+            rounds = zip(*(_wordings(tag, *meaning) for meaning in group), strict=True)
+            chosen += [caption for captions in rounds for caption in captions][:share]
+    return tuple(chosen)

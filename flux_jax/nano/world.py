@@ -1,0 +1,179 @@
+"""The world of FLUX-nano: scenes of plain coloured shapes, and their exact, anti-aliased pictures.
+
+In: a `Scene` (objects in unit coordinates of the picture, x to the right, y down) or a numpy Generator to draw one.
+Out: uint8 pictures [size, size, 3]. Only numpy; a scene of four objects takes well under a millisecond at 128 x 128.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "cross", "star", "diamond")
+
+# Chosen so that any two colours, and any colour and background, are at least 95 apart (Euclid, RGB), and so that no
+# half-and-half mixture of a colour with a background comes near another colour.
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (215, 35, 40),
+    "orange": (240, 125, 20),
+    "yellow": (252, 225, 50),
+    "green": (40, 160, 70),
+    "blue": (40, 80, 215),
+    "purple": (135, 50, 170),
+    "pink": (250, 105, 190),
+    "black": (25, 25, 30),
+}
+
+BACKGROUNDS: tuple[tuple[int, int, int], ...] = (
+    (246, 246, 246),  # white
+    (214, 214, 214),  # light grey
+    (174, 174, 174),  # grey
+    (234, 222, 198),  # sand
+    (198, 214, 230),  # mist
+)
+
+COLOR_JITTER = 10  # uniform, each channel of an object
+BACKGROUND_JITTER = 5  # uniform, one shift for all three channels
+GAP = 0.035  # least distance between the boxes of two objects, and from a box to the picture's edge
+SIZES = {1: (0.19, 0.28), 2: (0.15, 0.20), 3: (0.13, 0.17), 4: (0.125, 0.16)}  # range of sizes by number of objects
+
+Tint = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape. `x`, `y`: the centre of its box; `size`: half the side of the square box that holds any shape (all in
+    units of the picture's side); `tint`: added to the colour's RGB."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    size: float
+    tint: Tint = (0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects (later ones are painted over earlier ones) on `BACKGROUNDS[background]`, lightened by `tint`."""
+
+    objects: tuple[Object, ...]
+    background: int
+    tint: float = 0.0
+
+
+def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.sqrt(x * x + y * y) - 0.96
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(x), np.abs(y)) - 0.86
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Equilateral, side 2, point up, its box centred."""
+    return np.maximum(y - 0.866, 0.866 * np.abs(x) - 0.5 * y - 0.433)
+
+
+def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = np.abs(x), np.abs(y)
+    return np.maximum(np.maximum(x, y) - 1.0, np.minimum(x, y) - 0.34)
+
+
+def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Five points. A pentagram is where at most one of its five lines is crossed: the second largest distance."""
+    angles = np.arange(5) * (2 * np.pi / 5) + np.pi / 2
+    first = second = None
+    for c, s in zip(np.cos(angles), np.sin(angles), strict=True):
+        line = float(c) * x + float(s) * (y - 0.1)
+        if first is None:
+            first, second = line, np.full_like(line, -np.inf)
+        else:
+            second = np.maximum(second, np.minimum(first, line))
+            first = np.maximum(first, line)
+    return second - 0.325
+
+
+def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Width 1.5, height 2."""
+    return 0.8 * np.abs(x) + 0.6 * np.abs(y) - 0.6
+
+
+# Signed distance to the edge (negative inside; exact along straight edges), in units of the object's size.
+DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+    "star": _star,
+    "diamond": _diamond,
+}
+
+
+def coverage(shape: str, x: float, y: float, size: float, side: int) -> tuple[slice, slice, np.ndarray]:
+    """How much of each pixel of a `side` x `side` picture a shape covers: (rows, columns, float32 [rows, columns]
+    in 0..1) for the box that holds it, with a soft edge of one pixel. x, y, size in units of the picture."""
+    low_x, high_x = max(int((x - size) * side) - 1, 0), min(int((x + size) * side) + 2, side)
+    low_y, high_y = max(int((y - size) * side) - 1, 0), min(int((y + size) * side) + 2, side)
+    scale = np.float32(1 / (size * side))
+    across = (np.arange(low_x, high_x, dtype=np.float32) + np.float32(0.5 - x * side)) * scale
+    down = (np.arange(low_y, high_y, dtype=np.float32) + np.float32(0.5 - y * side)) * scale
+    distance = DISTANCES[shape](*np.broadcast_arrays(across[None, :], down[:, None]))
+    alpha = np.clip(np.float32(0.5) - distance * np.float32(size * side), 0, 1)
+    return slice(low_y, max(high_y, low_y)), slice(low_x, max(high_x, low_x)), alpha
+
+
+def render(scene: Scene, size: int = 128) -> np.ndarray:
+    """The picture of a scene: uint8 [size, size, 3], the same for the same scene on any machine."""
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = np.asarray(BACKGROUNDS[scene.background], np.float32) + np.float32(scene.tint)
+    for thing in scene.objects:
+        rows, columns, alpha = coverage(thing.shape, thing.x, thing.y, thing.size, size)
+        color = np.asarray(COLORS[thing.color], np.float32) + np.asarray(thing.tint, np.float32)
+        patch = image[rows, columns]
+        patch += alpha[..., None] * (color - patch)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
+    """Draws `count` (1 to 4) boxes (x, y, size) inside the picture, at least GAP apart; sizes range by SIZES."""
+    while True:
+        boxes: list[tuple[float, float, float]] = []
+        for _ in range(12 * count):
+            size = rng.uniform(*SIZES[count])
+            x, y = rng.uniform(size + GAP, 1 - size - GAP), rng.uniform(size + GAP, 1 - size - GAP)
+            if all(max(abs(x - u), abs(y - v)) >= size + s + GAP for u, v, s in boxes):
+                boxes.append((x, y, size))
+                if len(boxes) == count:
+                    return boxes
+
+
+def paint(
+    rng: np.random.Generator, looks: Sequence[tuple[str, str]], boxes: Sequence[tuple[float, float, float]]
+) -> Scene:
+    """A scene of shapes and colours `looks` in `boxes`, with a random background and jittered tints."""
+    tints = rng.uniform(-COLOR_JITTER, COLOR_JITTER, (len(looks), 3)).tolist()
+    objects = tuple(
+        Object(shape, color, x, y, size, tuple(tint))
+        for (shape, color), (x, y, size), tint in zip(looks, boxes, tints, strict=True)
+    )
+    return Scene(objects, int(rng.integers(len(BACKGROUNDS))), rng.uniform(-BACKGROUND_JITTER, BACKGROUND_JITTER))
+
+
+def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
+    """A random scene of `count` objects (left out: 1 to 4) of any shapes and colours, none touching another."""
+    count = int(rng.integers(1, 5)) if count is None else count
+    names = tuple(COLORS)
+    looks = [(SHAPES[rng.integers(len(SHAPES))], names[rng.integers(len(names))]) for _ in range(count)]
+    return paint(rng, looks, place(rng, count))
+
+
+def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Pictures [h, w, 3] of one size, side by side with a white line of 4 pixels between: uint8 [H, W, 3]."""
+    height, width = images[0].shape[:2]
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * (height + 4) - 4, columns * (width + 4) - 4, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + 4), (i % columns) * (width + 4)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
