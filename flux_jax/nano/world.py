@@ -82,7 +82,7 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Five points. A pentagram is where at most one of its five lines is crossed: the second largest distance."""
-    angles = np.arange(5) * (2 * np.pi / 5) + np.pi / 2
+    angles = np.arange(5) * (2 * np.pi / 5) - np.pi / 2
     first = second = None
     for c, s in zip(np.cos(angles), np.sin(angles), strict=True):
         line = float(c) * x + float(s) * (y - 0.1)
@@ -110,16 +110,18 @@ DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-def coverage(shape: str, x: float, y: float, size: float, side: int) -> tuple[slice, slice, np.ndarray]:
+def coverage(
+    shape: str, x: float, y: float, size: float, side: int, softness: float = 1.0
+) -> tuple[slice, slice, np.ndarray]:
     """How much of each pixel of a `side` x `side` picture a shape covers: (rows, columns, float32 [rows, columns]
-    in 0..1) for the box that holds it, with a soft edge of one pixel. x, y, size in units of the picture."""
+    in 0..1) for the box that holds it. x, y, size in units of the picture; the edge is a ramp of `softness` pixels."""
     low_x, high_x = max(int((x - size) * side) - 1, 0), min(int((x + size) * side) + 2, side)
     low_y, high_y = max(int((y - size) * side) - 1, 0), min(int((y + size) * side) + 2, side)
     scale = np.float32(1 / (size * side))
     across = (np.arange(low_x, high_x, dtype=np.float32) + np.float32(0.5 - x * side)) * scale
     down = (np.arange(low_y, high_y, dtype=np.float32) + np.float32(0.5 - y * side)) * scale
     distance = DISTANCES[shape](*np.broadcast_arrays(across[None, :], down[:, None]))
-    alpha = np.clip(np.float32(0.5) - distance * np.float32(size * side), 0, 1)
+    alpha = np.clip(np.float32(0.5) - distance * np.float32(size * side / softness), 0, 1)
     return slice(low_y, max(high_y, low_y)), slice(low_x, max(high_x, low_x)), alpha
 
 
