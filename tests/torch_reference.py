@@ -1,8 +1,8 @@
 """The reference implementations, tiny and random: the only file of the project that imports torch and diffusers.
 
-In: a `FluxConfig` (see `tiny`) and a seed. Out: torch modules with every weight drawn at random (no norm left at one, no bias at
-zero), their state dicts as numpy, their outputs as numpy, or a whole FluxPipeline folder on disk. Importing this file without
-torch skips the importing test module with a reason.
+In: a `FluxConfig` (see `tiny`) and a seed. Out: torch modules with every weight drawn at random (no norm left at one,
+no bias at zero), their state dicts as numpy, their outputs as numpy, or a whole FluxPipeline folder on disk. Importing
+this file without torch skips the importing test module with a reason.
 """
 
 import dataclasses
@@ -38,24 +38,41 @@ def tiny(guidance: bool = True, latent_channels: int = 16, eos_token_id: int = 2
     return FluxConfig(
         name="tiny-dev" if guidance else "tiny-schnell",
         transformer=TransformerConfig(
-            in_channels=4 * latent_channels, hidden_size=64, num_heads=2, num_double_blocks=2, num_single_blocks=3,
-            text_dim=48, pooled_dim=24, axes_dim=(8, 12, 12), guidance_embeds=guidance,
+            in_channels=4 * latent_channels,
+            hidden_size=64,
+            num_heads=2,
+            num_double_blocks=2,
+            num_single_blocks=3,
+            text_dim=48,
+            pooled_dim=24,
+            axes_dim=(8, 12, 12),
+            guidance_embeds=guidance,
         ),
         t5=T5Config(
             vocab_size=96, d_model=48, d_ff=80, num_heads=3, head_dim=16, num_layers=3, num_buckets=8, max_distance=20
         ),
         clip=CLIPConfig(
-            vocab_size=96, hidden_size=24, mlp_dim=40, num_heads=3, num_layers=2, max_positions=20, eos_token_id=eos_token_id
+            vocab_size=96,
+            hidden_size=24,
+            mlp_dim=40,
+            num_heads=3,
+            num_layers=2,
+            max_positions=20,
+            eos_token_id=eos_token_id,
         ),
         vae=VAEConfig(latent_channels=latent_channels, channels=(8, 16, 24, 24), layers_per_block=2, norm_groups=4),
         sampling=SamplingConfig()
         if guidance
-        else SamplingConfig(use_dynamic_shifting=False, num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256),
-    )  # fmt: skip
+        else SamplingConfig(
+            use_dynamic_shifting=False, num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256
+        ),
+    )
 
 
 def randomise(module: "torch.nn.Module", seed: int) -> "torch.nn.Module":
-    """Every floating parameter drawn anew, sized so that activations stay near one: matrices ~ fan_in^-1/2, norms ~ 1, biases ~ 0.1."""
+    """Every floating parameter drawn anew, sized so that activations stay near one: matrices ~ fan_in^-1/2, norms ~ 1,
+    biases ~ 0.1.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -92,42 +109,66 @@ def t5(config: T5Config, seed: int = 1) -> "T5EncoderModel":
     return randomise(
         T5EncoderModel(
             TorchT5Config(
-                vocab_size=config.vocab_size, d_model=config.d_model, d_ff=config.d_ff, d_kv=config.head_dim,
-                num_layers=config.num_layers, num_heads=config.num_heads, dropout_rate=0.0,
-                relative_attention_num_buckets=config.num_buckets, relative_attention_max_distance=config.max_distance,
-                layer_norm_epsilon=config.eps, feed_forward_proj="gated-gelu",
+                vocab_size=config.vocab_size,
+                d_model=config.d_model,
+                d_ff=config.d_ff,
+                d_kv=config.head_dim,
+                num_layers=config.num_layers,
+                num_heads=config.num_heads,
+                dropout_rate=0.0,
+                relative_attention_num_buckets=config.num_buckets,
+                relative_attention_max_distance=config.max_distance,
+                layer_norm_epsilon=config.eps,
+                feed_forward_proj="gated-gelu",
             )
         ),
         seed,
-    )  # fmt: skip
+    )
 
 
 def clip(config: CLIPConfig, seed: int = 2) -> "CLIPTextModel":
     return randomise(
         CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.mlp_dim,
-                num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, projection_dim=config.hidden_size,
-                max_position_embeddings=config.max_positions, hidden_act=config.activation, layer_norm_eps=config.eps,
-                eos_token_id=config.eos_token_id, bos_token_id=0, pad_token_id=1,
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.mlp_dim,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                projection_dim=config.hidden_size,
+                max_position_embeddings=config.max_positions,
+                hidden_act=config.activation,
+                layer_norm_eps=config.eps,
+                eos_token_id=config.eos_token_id,
+                bos_token_id=0,
+                pad_token_id=1,
             )
         ),
         seed,
-    )  # fmt: skip
+    )
 
 
 def vae(config: VAEConfig, seed: int = 3) -> "AutoencoderKL":
     levels = len(config.channels)
     return randomise(
         AutoencoderKL(
-            in_channels=config.image_channels, out_channels=config.image_channels, latent_channels=config.latent_channels,
-            block_out_channels=config.channels, layers_per_block=config.layers_per_block,
-            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
-            norm_num_groups=config.norm_groups, scaling_factor=config.scaling_factor, shift_factor=config.shift_factor,
-            sample_size=64, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=True,
+            in_channels=config.image_channels,
+            out_channels=config.image_channels,
+            latent_channels=config.latent_channels,
+            block_out_channels=config.channels,
+            layers_per_block=config.layers_per_block,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            norm_num_groups=config.norm_groups,
+            scaling_factor=config.scaling_factor,
+            shift_factor=config.shift_factor,
+            sample_size=64,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            mid_block_add_attention=True,
         ),
         seed,
-    )  # fmt: skip
+    )
 
 
 BUILDERS = {"transformer": transformer, "t5": t5, "clip": clip, "vae": vae}
@@ -154,11 +195,15 @@ def run_transformer(module, img, txt, pooled, timesteps, img_ids, txt_ids, guida
     """Velocity [b, i, c]. timesteps in [0, 1] [b], guidance [b] in its own unit (3.5) or None, ids [n, 3]."""
     with torch.no_grad():
         out = module(
-            hidden_states=tensor(img), encoder_hidden_states=tensor(txt), pooled_projections=tensor(pooled),
-            timestep=tensor(timesteps), img_ids=tensor(np.asarray(img_ids, np.float32)),
-            txt_ids=tensor(np.asarray(txt_ids, np.float32)), guidance=None if guidance is None else tensor(guidance),
+            hidden_states=tensor(img),
+            encoder_hidden_states=tensor(txt),
+            pooled_projections=tensor(pooled),
+            timestep=tensor(timesteps),
+            img_ids=tensor(np.asarray(img_ids, np.float32)),
+            txt_ids=tensor(np.asarray(txt_ids, np.float32)),
+            guidance=None if guidance is None else tensor(guidance),
             return_dict=False,
-        )[0]  # fmt: skip
+        )[0]
     return out.numpy()
 
 
@@ -190,20 +235,28 @@ def run_vae_moments(module, images) -> tuple[np.ndarray, np.ndarray]:
 
 def scheduler(config: SamplingConfig) -> "FlowMatchEulerDiscreteScheduler":
     return FlowMatchEulerDiscreteScheduler(
-        base_image_seq_len=config.base_seq_len, max_image_seq_len=config.max_seq_len, base_shift=config.base_shift,
-        max_shift=config.max_shift, use_dynamic_shifting=config.use_dynamic_shifting,
+        base_image_seq_len=config.base_seq_len,
+        max_image_seq_len=config.max_seq_len,
+        base_shift=config.base_shift,
+        max_shift=config.max_shift,
+        use_dynamic_shifting=config.use_dynamic_shifting,
         shift=3.0 if config.use_dynamic_shifting else 1.0,
-    )  # fmt: skip
+    )
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def tokenizers(config: FluxConfig) -> tuple["CLIPTokenizer", "T5TokenizerFast"]:
-    """Real tokenizers over single letters, small enough for the tiny vocabularies; CLIP's end of text has the largest id."""
+    """Real tokenizers over single letters, small enough for the tiny vocabularies; CLIP's end of text has the largest
+    id.
+    """
     last = config.clip.vocab_size - 1
     vocabulary = [*LETTERS, *(letter + "</w>" for letter in LETTERS)]
-    clip_vocabulary = {piece: i + 3 for i, piece in enumerate(vocabulary)} | {"<|startoftext|>": last - 1, "<|endoftext|>": last}
+    clip_vocabulary = {piece: i + 3 for i, piece in enumerate(vocabulary)} | {
+        "<|startoftext|>": last - 1,
+        "<|endoftext|>": last,
+    }
     clip_tokenizer = CLIPTokenizer(vocab=clip_vocabulary, merges=[], model_max_length=config.clip.max_positions)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
     t5_tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=config.sampling.max_sequence_length)
@@ -226,7 +279,9 @@ def pipeline(config: FluxConfig, seed: int = 0, dtype=None) -> "FluxPipeline":
     return pipe.to(dtype or torch.float32)
 
 
-def save_pipeline(folder: Path, config: FluxConfig, seed: int = 0, dtype=None, shard_bytes: int | None = None) -> "FluxPipeline":
+def save_pipeline(
+    folder: Path, config: FluxConfig, seed: int = 0, dtype=None, shard_bytes: int | None = None
+) -> "FluxPipeline":
     """Writes the tiny pipeline as a diffusers folder (sharded where `shard_bytes` is given); returns it."""
     pipe = pipeline(config, seed, dtype)
     options = {} if shard_bytes is None else {"max_shard_size": shard_bytes}
@@ -243,14 +298,24 @@ def load_pipeline(folder: Path, dtype=None) -> "FluxPipeline":
     return pipe
 
 
-def run_pipeline(pipe, prompt, latents, *, steps: int, guidance: float, height: int, width: int, max_sequence_length: int = 32):
-    """Packed latents [b, i, c] in -> (final packed latents [b, i, c], images float [b, h, w, 3] in [0, 1]), both numpy."""
+def run_pipeline(
+    pipe, prompt, latents, *, steps: int, guidance: float, height: int, width: int, max_sequence_length: int = 32
+):
+    """Packed latents [b, i, c] in -> (final packed latents [b, i, c], images float [b, h, w, 3] in [0, 1]), both
+    numpy.
+    """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         final = pipe(
-            prompt, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance, latents=tensor(latents),
-            max_sequence_length=max_sequence_length, output_type="latent",
-        ).images  # fmt: skip
+            prompt,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            latents=tensor(latents),
+            max_sequence_length=max_sequence_length,
+            output_type="latent",
+        ).images
         z = pipe._unpack_latents(final, height, width, pipe.vae_scale_factor)
         z = z / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         images = pipe.image_processor.postprocess(pipe.vae.decode(z, return_dict=False)[0], output_type="np")

@@ -1,0 +1,176 @@
+"""From published names to our weights: a plan with every fault in it, then one weight at a time.
+
+In: a `Source` of tensors in any known format, a part's name, a `FluxConfig`. Out: `Plan`, which says for each of our
+weights the tensors that make it, and `read_weight`, which builds one. Coverage is an error both ways: every tensor of
+the source is used or on a list of ignored names, every weight of the part is filled once, shapes and dtypes fit; one
+report has all faults.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from convert.reader import FLOATS, Source
+from convert.rules import FORMATS, Format, Rule
+from flux_jax.config import FluxConfig
+from flux_jax.errors import UserError
+from flux_jax.parts import abstract_part, assemble, leaf_table
+
+SHOWN = 40  # faults printed before "and N more"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One source tensor and the rows of our weight that it fills."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One of our weights (outside name, one layer): its shape and its pieces in order of rows."""
+
+    path: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    change: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a source becomes a part. `faults` is empty when it can be carried out."""
+
+    part: str
+    format: Format
+    weights: dict[str, Weight]
+    faults: list[str]
+
+
+def report(faults: Iterable[str], what: str) -> UserError:
+    """One error with all faults, exit code 2."""
+    faults = list(faults)
+    lines = [f"  - {fault}" for fault in faults[:SHOWN]]
+    if len(faults) > SHOWN:
+        lines.append(f"  - and {len(faults) - SHOWN} more")
+    return UserError(f"{what}: {len(faults)} fault{'s' if len(faults) != 1 else ''}\n" + "\n".join(lines))
+
+
+def detect(part: str, names: Iterable[str]) -> Format | None:
+    """The format whose mark is in one of the names."""
+    names = list(names)
+    return next((f for f in FORMATS[part] if any(f.mark in name for name in names)), None)
+
+
+def expected(part: str, fmt: Format, config: FluxConfig, table: dict[str, tuple[int, ...]]) -> dict[str, Weight]:
+    """Each weight of the part with the tensors that hold it in `fmt`. Raises KeyError if the rules miss one of our
+    weights.
+    """
+    rules = [(re.compile(re.escape(r.target).replace(r"\*", r"(\d+)") + r"\.(weight|bias)"), r) for r in fmt.rules]
+    weights = {}
+    for path, shape in table.items():
+        match, rule = next(((m, r) for pattern, r in rules if (m := pattern.fullmatch(path))), (None, None))
+        if match is None or rule is None:
+            raise KeyError(f"no rule of {fmt.name} for {path}")
+        *numbers, kind = match.groups()
+        names = [_source_name(s, numbers, rule, kind, len(config.vae.channels)) for s in rule.sources]
+        weights[path] = Weight(path, shape, _pieces(names, shape, rule, kind), rule.change)
+    return weights
+
+
+def _source_name(template: str, numbers: list[str], rule: Rule, kind: str, levels: int) -> str:
+    left = list(numbers)
+    filled = re.sub(r"[*~]", lambda m: left.pop(0) if m[0] == "*" else str(levels - 1 - int(left.pop(0))), template)
+    return filled + (rule.suffix or f".{kind}")
+
+
+def _pieces(names: list[str], shape: tuple[int, ...], rule: Rule, kind: str) -> tuple[Piece, ...]:
+    pieces, total, start = [], sum(rule.shares), 0
+    for name, share in zip(names, rule.shares, strict=True):
+        stop = start + shape[0] * share // total
+        source_shape = (stop - start, *shape[1:])
+        if rule.change == "squeeze" and kind == "weight":
+            source_shape = (*source_shape, 1, 1)
+        pieces.append(Piece(name, source_shape, start, stop))
+        start = stop
+    return tuple(pieces)
+
+
+def make_plan(part: str, config: FluxConfig, source: Source) -> Plan:
+    """Compares the source's names, shapes and dtypes with what the part needs; reads headers only."""
+    fmt = detect(part, source.entries)
+    if fmt is None:
+        known = ", ".join(f.name for f in FORMATS[part])
+        unknown = f"{source.where}: holds no weights of the {part} in a known format ({known})"
+        return Plan(part, FORMATS[part][0], {}, source.faults or [unknown])
+    weights = expected(part, fmt, config, leaf_table(abstract_part(part, config)))
+    renamed, faults = _normal_names(source, fmt)
+    needed = {piece.name: piece.shape for weight in weights.values() for piece in weight.pieces}
+    for name, shape in needed.items():
+        if name not in renamed:
+            if not source.faults:  # a lost shard has its own line; its tensors need none
+                faults.append(f"missing: {name} {list(shape)}")
+            continue
+        entry = source.entries[renamed[name]]
+        if entry.shape != shape:
+            faults.append(f"wrong shape: {renamed[name]} is {list(entry.shape)}, must be {list(shape)}")
+        if entry.dtype not in FLOATS:
+            faults.append(f"wrong dtype: {renamed[name]} is {entry.dtype}, must be one of {', '.join(FLOATS)}")
+    faults += [
+        f"unknown: {renamed[name]} {list(source.entries[renamed[name]].shape)}"
+        for name in renamed
+        if name not in needed
+    ]
+    located = {path: _located(weight, renamed) for path, weight in weights.items()}
+    return Plan(part, fmt, located, source.faults + faults)
+
+
+def _located(weight: Weight, renamed: dict[str, str]) -> Weight:
+    pieces = tuple(Piece(renamed.get(p.name, p.name), p.shape, p.start, p.stop) for p in weight.pieces)
+    return Weight(weight.path, weight.shape, pieces, weight.change)
+
+
+def _normal_names(source: Source, fmt: Format) -> tuple[dict[str, str], list[str]]:
+    """Name in the rules -> name in the file: prefix taken off, second names resolved, ignored names left out."""
+    prefix = next((p for p in fmt.prefixes if p and any(n.startswith(p) for n in source.entries)), "")
+    renamed = {}
+    for name in source.entries:
+        if not any(re.fullmatch(pattern, name) for pattern in fmt.ignored):
+            renamed[name.removeprefix(prefix)] = name
+    faults = []
+    for alias, name in fmt.aliases:
+        if alias in renamed:
+            second = renamed.pop(alias)
+            first = renamed.setdefault(name, second)
+            if source.entries[first].shape != source.entries[second].shape:
+                faults.append(f"{first} and {second} must be the same tensor, but their shapes differ")
+    return renamed, faults
+
+
+def read_weight(source: Source, weight: Weight, dtype: Any) -> np.ndarray:
+    """One weight in `dtype`, its pieces read one after the other. The caller has checked the plan."""
+    out = np.empty(weight.shape, dtype)
+    for piece in weight.pieces:
+        value = source.read(piece.name)
+        out[piece.start : piece.stop] = value.reshape(out[piece.start : piece.stop].shape).astype(dtype, copy=False)
+    if weight.change == "swap":
+        out = np.concatenate(np.split(out, 2)[::-1])
+    return out
+
+
+def load_module(part: str, config: FluxConfig, tensors: Mapping[str, Any], dtype=jnp.float32) -> nnx.Module:
+    """A part of the model from tensors in any known format. Raises UserError with all faults."""
+    source = Source.from_arrays(tensors)
+    plan = make_plan(part, config, source)
+    if plan.faults:
+        raise report(plan.faults, f"these tensors are not a {part} of this configuration")
+    return assemble(
+        abstract_part(part, config), lambda names: {n: read_weight(source, plan.weights[n], dtype) for n in names}
+    )

@@ -1,0 +1,118 @@
+"""The four parts of a model as tables of weights: what a part needs, and a part put together from them.
+
+In: a part's name ("transformer", "t5", "clip", "vae") and a `FluxConfig`. Out: `leaf_table`, the shape of every weight
+under the name it has outside the program, and `assemble`, the module with those weights in it. A stacked leaf of the
+program (`double_blocks.img.qkv.weight` [19, n, k]) is one weight a layer outside (`double_blocks.7.img.qkv.weight` [n,
+k]): that is how weights are published, and nothing that converts or loads them has to hold 19 layers at once.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from flux_jax.config import FluxConfig
+
+PARTS = {
+    "transformer": ("flux_jax.models.transformer", "Transformer"),
+    "t5": ("flux_jax.models.t5", "T5Encoder"),
+    "clip": ("flux_jax.models.clip", "CLIPText"),
+    "vae": ("flux_jax.models.vae", "VAE"),
+}
+STACKED = ("double_blocks", "single_blocks", "layers")  # children whose every leaf has a leading axis of layers
+BATCH_BYTES = 2**30  # weights read at a time, if a single leaf is not larger
+
+Placement = Sharding | Mesh | Callable[[str, tuple[int, ...]], Sharding] | None
+
+
+def dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def abstract_part(part: str, config: FluxConfig, dtype=jnp.float32) -> nnx.Module:
+    """The part's module with shapes for arrays: costs no memory and draws no random number."""
+    module, name = PARTS[part]
+    cls = getattr(importlib.import_module(module), name)
+    return nnx.eval_shape(lambda: cls(getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def layer_names(path: str, layers: int) -> list[str] | None:
+    """The outside names of a stacked leaf, one a layer; None for a leaf that is not stacked."""
+    head, _, rest = path.partition(".")
+    return [f"{head}.{i}.{rest}" for i in range(layers)] if head in STACKED else None
+
+
+def leaf_table(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Outside name -> shape, one entry a layer for stacked leaves. `module` may be abstract."""
+    table = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        name, shape = dotted(path), variable.shape
+        layers = layer_names(name, shape[0] if shape else 0)
+        table |= {name: shape} if layers is None else dict.fromkeys(layers, shape[1:])
+    return table
+
+
+def leaves(module: nnx.Module) -> Iterator[tuple[str, np.ndarray]]:
+    """Outside name, weight on the host; one stacked leaf at a time comes from the device."""
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        value = np.asarray(jax.device_get(variable[...]))
+        layers = layer_names(dotted(path), len(value) if value.ndim else 0)
+        yield from [(dotted(path), value)] if layers is None else zip(layers, value, strict=True)
+
+
+def placement_of(sharding: Placement, path: str, shape: tuple[int, ...]) -> Sharding:
+    """The explicit sharding of one leaf: given, asked for, replicated over a mesh, or the default device."""
+    if isinstance(sharding, Sharding):
+        return sharding
+    if isinstance(sharding, Mesh):
+        return NamedSharding(sharding, PartitionSpec())
+    if sharding is None:
+        device = jax.config.jax_default_device
+        return SingleDeviceSharding(device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0])
+    return sharding(path, shape)
+
+
+def assemble(
+    module: nnx.Module,
+    read: Callable[[list[str]], Mapping[str, np.ndarray]],
+    *,
+    dtype: Any = None,
+    sharding: Placement = None,
+) -> nnx.Module:
+    """The abstract `module` with weights: `read` gives arrays by outside name, in batches of about a gigabyte.
+
+    dtype converts floating weights after reading (None: as read); sharding is one for all leaves, a mesh to be
+    replicated over, or a function of (path, shape). Host memory: one batch and one stacked leaf.
+    """
+    definition, state = nnx.split(module)
+    filled = []
+    for batch in _batches(nnx.to_flat_state(state)):
+        names = {path: layer_names(dotted(path), v.shape[0] if v.shape else 0) for path, v in batch}
+        weights = dict(read([name for path, layers in names.items() for name in layers or [dotted(path)]]))
+        for path, variable in batch:
+            parts = [weights.pop(name) for name in names[path] or [dotted(path)]]
+            target = dtype if dtype is not None and jnp.issubdtype(parts[0].dtype, jnp.floating) else parts[0].dtype
+            host = np.empty(variable.shape, target)
+            for i, value in enumerate(parts):
+                host[i if names[path] else ...] = value
+            place = placement_of(sharding, dotted(path), host.shape)
+            filled.append((path, variable.replace(jax.make_array_from_callback(host.shape, place, host.__getitem__))))
+    return nnx.merge(definition, nnx.from_flat_state(filled))
+
+
+def _batches(flat) -> Iterator[list]:
+    batch, size = [], 0
+    for path, variable in flat:
+        nbytes = int(np.prod(variable.shape)) * 4
+        if batch and size + nbytes > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append((path, variable))
+        size += nbytes
+    if batch:
+        yield batch
