@@ -127,4 +127,4 @@ class Transformer(nnx.Module):
 
 def stack(block, count: int, *args, dtype, rngs: nnx.Rngs):
     """`count` independently initialised blocks as one module whose leaves have a leading axis of that length."""
-    return nnx.vmap(lambda r: block(*args, dtype=dtype, rngs=r))(rngs.fork(split=count))
+    return nnx.vmap(lambda r: block(*args, dtype=dtype, rngs=r))(rngs.split(count))
