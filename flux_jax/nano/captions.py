@@ -1,4 +1,4 @@
-"""The captions of FLUX-nano: a small closed grammar in GenEval's six tags, its inverse, and what is kept out of training.
+"""The captions of FLUX-nano: a small closed grammar in GenEval's six tags, its inverse, what is kept out of training.
 
     prefix   none | "a photo of" | "a picture of" | "a drawing of" | "an image of" | "a painting of"
     single_object  a circle | one circle | a single circle

@@ -81,17 +81,13 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Five points. A pentagram is where at most one of its five lines is crossed: the second largest distance."""
-    angles = np.arange(5) * (2 * np.pi / 5) - np.pi / 2
-    first = second = None
-    for c, s in zip(np.cos(angles), np.sin(angles), strict=True):
-        line = float(c) * x + float(s) * (y - 0.1)
-        if first is None:
-            first, second = line, np.full_like(line, -np.inf)
-        else:
-            second = np.maximum(second, np.minimum(first, line))
-            first = np.maximum(first, line)
-    return second - 0.325
+    """Five points, the first upwards; notches at half the tips' radius. All ten edges are folded onto one."""
+    y = y - 0.1
+    radius, angle = np.sqrt(x * x + y * y), np.arctan2(x, -y)
+    angle = np.abs(np.mod(angle + np.pi / 5, 2 * np.pi / 5) - np.pi / 5)
+    tip, notch = 1.05, (0.525 * np.cos(np.pi / 5), 0.525 * np.sin(np.pi / 5))
+    normal = np.array([notch[1], tip - notch[0]]) / np.hypot(notch[1], tip - notch[0])
+    return float(normal[0]) * (radius * np.cos(angle) - tip) + float(normal[1]) * radius * np.sin(angle)
 
 
 def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
