@@ -190,10 +190,10 @@ def nano() -> FluxConfig:
         ),
         t5=T5Config(vocab_size=256, d_model=128, d_ff=256, num_heads=4, head_dim=32, num_layers=2, max_distance=32),
         clip=CLIPConfig(
-            vocab_size=512, hidden_size=64, mlp_dim=256, num_heads=2, num_layers=2, max_positions=32, eos_token_id=2
+            vocab_size=512, hidden_size=64, mlp_dim=256, num_heads=2, num_layers=2, max_positions=16, eos_token_id=2
         ),
-        vae=VAEConfig(channels=(16, 32, 64, 64), layers_per_block=1, norm_groups=8, scaling_factor=1.0, shift_factor=0.0),
+        vae=VAEConfig(channels=(16, 16, 32, 64), layers_per_block=1, norm_groups=8, scaling_factor=1.0, shift_factor=0.0),
         sampling=SamplingConfig(
-            base_seq_len=64, max_seq_len=256, base_shift=0.5, max_shift=1.15, max_sequence_length=24, height=128, width=128
+            base_seq_len=64, max_seq_len=256, base_shift=0.5, max_shift=1.15, max_sequence_length=16, height=128, width=128
         ),
     )

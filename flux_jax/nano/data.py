@@ -1,0 +1,71 @@
+"""FLUX-nano's training set: captions and pictures of the world, as token ids and VAE latents.
+
+In: a trained VAE, the tokenizers, a seed and a count. Out: `Dataset`, kept in one `.npz` so that a resumed run encodes
+nothing twice. Example i depends on (seed, i) alone and batch k on (seed, k) alone, so that a run can go on anywhere.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from flux_jax.models.vae import VAE
+from flux_jax.nano import captions, world
+from flux_jax.sampling import pack_latents
+from flux_jax.tokenizers import Tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """tokens float16 [n, i, c] (packed latents), t5 int32 [n, t], clip int32 [n, p]; `empty_*`: ids of the prompt ""."""
+
+    tokens: np.ndarray
+    t5: np.ndarray
+    clip: np.ndarray
+    empty_t5: np.ndarray
+    empty_clip: np.ndarray
+
+    def batch(self, seed: int, step: int, size: int) -> dict[str, np.ndarray]:
+        """`size` examples drawn with replacement; the same for the same (seed, step)."""
+        rows = np.random.default_rng((seed, step)).integers(0, len(self.tokens), size)
+        return {"tokens": self.tokens[rows].astype(np.float32), "t5": self.t5[rows], "clip": self.clip[rows]}
+
+
+def load_or_build(
+    path: Path, vae: VAE, tokenizers: Tokenizers, size: int, max_length: int, *, seed: int, count: int
+) -> Dataset:
+    """Read `path`, or render `count` scenes of `size` pixels, encode them, and write `path` (whole or not at all)."""
+    if not path.exists():
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, **_build(vae, tokenizers, size, max_length, seed, count))
+        os.replace(partial, path)
+    with np.load(path) as arrays:
+        return Dataset(**arrays)
+
+
+def _build(
+    vae: VAE, tokenizers: Tokenizers, size: int, max_length: int, seed: int, count: int
+) -> dict[str, np.ndarray]:
+    encode = jax.jit(lambda vae, images: pack_latents(vae.encode(images.astype(jnp.float32) / 127.5 - 1.0)))
+    texts, tokens, chunk, pending = [], [], 64, None
+    for start in tqdm(range(0, count, chunk), desc="encode", unit_scale=chunk, mininterval=5):
+        examples = [
+            captions.sample(np.random.default_rng((seed, i)), split="train") for i in range(start, start + chunk)
+        ]
+        texts += [caption.text for caption, _ in examples]
+        images = np.stack([world.render(scene, size) for _, scene in examples])
+        if pending is not None:  # encoded while the next scenes were drawn
+            tokens.append(np.asarray(pending, np.float16))
+        pending = encode(vae, images)
+    tokens.append(np.asarray(pending, np.float16))
+    return {
+        "tokens": np.concatenate(tokens)[:count],
+        "t5": tokenizers.t5(texts, max_length)[:count],
+        "clip": tokenizers.clip(texts)[:count],
+        "empty_t5": tokenizers.t5([""], max_length),
+        "empty_clip": tokenizers.clip([""]),
+    }
