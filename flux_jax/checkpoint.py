@@ -1,0 +1,374 @@
+"""Checkpoints on disk: written whole or not at all, read only after everything about them has been checked.
+
+    NAME/flux_jax.json                 format version, configs, quantization, source, licence, versions, table of
+    weights NAME/{transformer,t5,clip,vae}/    one Orbax v1 tree per part, a leaf per weight and layer (see
+    `flux_jax.parts`) NAME/tokenizers/{t5,clip}/         the tokenizers' own files
+
+In: a directory or an alias. Out: `Checkpoint`, whose `load` gives one part as an NNX module on the devices asked for.
+The arrays are stored as numpy arrays, so nothing in the files speaks of devices, and `orbax.checkpoint.v1.load` reads
+a part without this package. Version first, then each name, shape and dtype of the manifest and of Orbax's own
+metadata, and only then arrays: Orbax would cast a wrong dtype without a word.
+"""
+
+import errno
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flux_jax.config import FluxConfig
+from flux_jax.errors import UserError
+from flux_jax.parts import PARTS, Placement, abstract_part, assemble, leaf_table, leaves
+
+MANIFEST = "flux_jax.json"
+VERSION = 1  # of the format; raised when an older reader would misread a newer checkpoint
+TOKENIZERS = "tokenizers"
+WORKING = ".flux_jax_partial"  # marks a directory as an unfinished one of ours, safe to delete
+FLUSH_BYTES = 2**28  # weights held before they are written
+ALIASES = {"nano": "nano-bf16", "nano-bf16": "nano-bf16"}  # name -> folder in the package's data
+PACKAGES = ("flux_jax", "jax", "flax", "orbax-checkpoint", "numpy")
+
+
+def resolve(name: str | Path) -> Path:
+    """The directory of a checkpoint: a path, or an alias for one inside the package. UserError (exit code 3) if
+    unknown.
+    """
+    if str(name) in ALIASES:
+        return Path(str(importlib.resources.files("flux_jax"))) / "nano" / "data" / ALIASES[str(name)]
+    if Path(name).is_dir():
+        return Path(name)
+    known = ", ".join(sorted(ALIASES))
+    raise UserError(f"no checkpoint {str(name)!r}: give a directory made by 'python -m convert', or one of: {known}", 3)
+
+
+class Checkpoint:
+    """An opened checkpoint: `config`, `manifest`, and `load(part)`. Opening reads the manifest only."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any], config: FluxConfig):
+        self.directory, self.manifest, self.config = directory, manifest, config
+
+    @classmethod
+    def open(cls, name: str | Path) -> Self:
+        """A directory or an alias. UserError where it is no checkpoint, of a newer format, or damaged."""
+        directory = resolve(name)
+        manifest = _read_manifest(directory)
+        try:
+            config = FluxConfig.from_json(manifest["configs"])
+        except ValueError as error:
+            raise UserError(f"{directory / MANIFEST}: {error}") from None
+        for part, entry in manifest["parts"].items():
+            if part not in PARTS:
+                raise UserError(f"{directory / MANIFEST}: unknown part {part!r}, must be of {', '.join(PARTS)}")
+            _inside(directory, entry["path"])
+        if manifest["tokenizers"] is not None:
+            _inside(directory, manifest["tokenizers"])
+        return cls(directory, manifest, config)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.manifest["parts"])
+
+    @property
+    def tokenizers(self) -> Path:
+        """The folder with t5/ and clip/. UserError if the checkpoint has none."""
+        if self.manifest["tokenizers"] is None:
+            raise UserError(f"{self.directory} has no tokenizers: convert it again with --tokenizers")
+        return self.directory / self.manifest["tokenizers"]
+
+    def table(self, part: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Name -> dtype and shape of every stored weight of a part, from the manifest."""
+        if part not in self.manifest["parts"]:
+            raise UserError(f"{self.directory} has no {part}, only {', '.join(self.parts) or 'no part at all'}")
+        rows = self.manifest["parts"][part]["weights"]
+        try:
+            return {name: (jnp.dtype(dtype), tuple(shape)) for name, (dtype, shape) in rows.items()}
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.directory / MANIFEST}: damaged table of the {part}: {error}") from None
+
+    def load(self, part: str, dtype: Any = None, sharding: Placement = None) -> nnx.Module:
+        """One part as a module. dtype: None keeps the stored one, else floating weights are converted after reading.
+
+        sharding: None (the default device), a `jax.sharding.Sharding`, a mesh to be replicated over, or a function of
+        (path, shape) of each leaf. UserError where a weight is missing, unknown, or of another shape or dtype than the
+        manifest or this version's module says: all of them in one message, and before any array is read.
+        """
+        if self.manifest["quantization"] is not None:
+            raise UserError(f"{self.directory} is quantized, which this version of flux_jax cannot load: upgrade it")
+        table, module = self.table(part), abstract_part(part, self.config)
+        self._check(part, table, leaf_table(module))
+        return assemble(module, lambda names: self.read(part, names), dtype=dtype, sharding=sharding)
+
+    def read(self, part: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Some weights of a part by name, as stored, on the host. No other weight is read."""
+        from orbax.checkpoint import v1 as ocp
+
+        table, names = self.table(part), set(names)
+        if unknown := names - table.keys():
+            raise UserError(f"{self.directory} has no {part} weights {sorted(unknown)}")
+        wanted = {n: np.empty(s, d) if n in names else ocp.PLACEHOLDER for n, (d, s) in table.items()}
+        tree = self._orbax(part, lambda path: ocp.load(path, nest(wanted)))
+        return {name: value for name, value in flatten(tree).items() if name in names}
+
+    def _check(self, part: str, table: Mapping, needed: Mapping[str, tuple[int, ...]]) -> None:
+        """The manifest's table against the module, then Orbax's metadata against the manifest."""
+        from orbax.checkpoint import v1 as ocp
+
+        faults = [f"missing: {name} {list(shape)}" for name, shape in needed.items() if name not in table]
+        faults += [f"unknown: {name}" for name in table if name not in needed]
+        for name, (dtype, shape) in table.items():
+            if name in needed and shape != needed[name]:
+                faults.append(f"wrong shape: {name} is {list(shape)}, must be {list(needed[name])}")
+            if not jnp.issubdtype(dtype, jnp.floating):
+                faults.append(f"wrong dtype: {name} is {dtype}, must be floating")
+        if not faults:
+            stored = flatten(self._orbax(part, lambda path: ocp.metadata(path).metadata))
+            faults += [f"missing in the files: {name}" for name in table if name not in stored]
+            faults += [f"in the files, but not in {MANIFEST}: {name}" for name in stored if name not in table]
+            for name, (dtype, shape) in table.items():
+                found = stored.get(name)
+                if found is not None and (jnp.dtype(found.dtype), tuple(found.shape)) != (dtype, shape):
+                    files = f"{found.dtype} {list(found.shape)} in the files"
+                    faults.append(f"wrong dtype or shape: {name} is {files}, {dtype} {list(shape)} in {MANIFEST}")
+        if faults:
+            more = f"\n  - and {len(faults) - 20} more" if len(faults) > 20 else ""
+            lines = "\n".join(f"  - {fault}" for fault in faults[:20])
+            raise UserError(f"{self.directory}: the {part} cannot be loaded, {len(faults)} faults\n{lines}{more}")
+
+    def _orbax(self, part: str, call: Callable[[Path], Any]) -> Any:
+        """`call` on the part's Orbax tree; whatever a damaged tree raises becomes a sentence."""
+        path = _inside(self.directory, self.manifest["parts"][part]["path"])
+        try:
+            return call(path)
+        except Exception as error:  # Orbax and TensorStore raise many kinds, all meaning the same
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise UserError(f"{path} cannot be read, copy or convert it again: {reason}") from error
+
+
+def save(
+    directory: str | Path,
+    config: FluxConfig,
+    parts: Mapping[str, nnx.Module],
+    *,
+    tokenizers: Path | None = None,
+    overwrite: bool = False,
+    **about: Any,
+) -> Path:
+    """Writes modules as a checkpoint, in their own dtypes; it appears under its name only when complete.
+
+    tokenizers: a folder with t5/ and clip/ to copy. about: `quantization`, `source`, `licence`, as in `Writer.finish`.
+    """
+    with Writer(directory, overwrite=overwrite) as writer:
+        for part, module in parts.items():
+            for name, value in leaves(module):
+                writer.add(part, name, value)
+        writer.finish(config, tokenizers=tokenizers, **about)
+    return Path(directory)
+
+
+class Writer:
+    """A checkpoint written weight by weight, never holding more than one weight and `FLUSH_BYTES`.
+
+    A context manager: leaving it without `finish`, by an error or an interruption, leaves nothing behind. The work is
+    done in `NAME.partial`; after a crash the next writer of the same name deletes that and starts clean.
+    """
+
+    def __init__(self, directory: str | Path, *, overwrite: bool = False):
+        self.directory, self.overwrite = Path(directory), overwrite
+        self.working = self.directory.with_name(self.directory.name + ".partial")
+        self._tables: dict[str, dict[str, tuple[str, list[int]]]] = {}
+        self._held: dict[str, np.ndarray] = {}
+        self._flushed = False
+
+    def __enter__(self) -> Self:
+        if self.directory.exists() and not self.overwrite:
+            raise UserError(f"{self.directory} exists already: choose another name, or give --overwrite to replace it")
+        if self.overwrite and self.directory.exists() and not (self.directory / MANIFEST).is_file():
+            raise UserError(f"{self.directory} is not a checkpoint, so it is not overwritten: choose another name")
+        if self.working.exists() and not (self.working / WORKING).is_file():
+            raise UserError(f"{self.working} is in the way and not ours: move it elsewhere")
+        shutil.rmtree(self.working, ignore_errors=True)
+        try:
+            self.working.mkdir(parents=True)
+            (self.working / WORKING).touch()
+        except OSError as error:
+            raise UserError(f"cannot write {self.working}: {error.strerror}") from error
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        shutil.rmtree(self.working, ignore_errors=True)
+        if error is not None and disk_is_full(error):
+            raise UserError(
+                f"the disk of {self.directory} is full: free some space; nothing was left behind"
+            ) from error
+
+    def add(self, part: str, name: str, value: np.ndarray) -> None:
+        """The next weight (outside name, one layer). The weights of a part come one after the other."""
+        if part not in self._tables:
+            self._end_part()
+            self._tables[part] = {}
+        self._tables[part][name] = (value.dtype.name, list(value.shape))
+        self._held[name] = value
+        if sum(held.nbytes for held in self._held.values()) >= FLUSH_BYTES:
+            self._flush()
+
+    def finish(
+        self,
+        config: FluxConfig,
+        *,
+        tokenizers: Path | None = None,
+        quantization: dict[str, Any] | None = None,
+        source: dict[str, Any] | None = None,
+        licence: str | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Writes the manifest, brings everything to the disk and gives the directory its name.
+
+        source: where it came from ({"from": ..., "sha256": {file: hash}}); licence: its SPDX name; files: further files
+        by name, such as a licence text.
+        """
+        self._end_part()
+        if tokenizers is not None:
+            shutil.copytree(tokenizers, self.working / TOKENIZERS)
+        for name, content in (files or {}).items():
+            (self.working / name).write_bytes(content)
+        manifest = {
+            "format": "flux_jax checkpoint",
+            "version": VERSION,
+            "name": config.name,
+            "licence": licence,
+            "configs": config.to_json(),
+            "quantization": quantization,
+            "source": source,
+            "versions": {package: _version(package) for package in PACKAGES},
+            "tokenizers": None if tokenizers is None else TOKENIZERS,
+            "parts": {part: {"path": part, "weights": table} for part, table in self._tables.items()},
+        }
+        (self.working / MANIFEST).write_text(lined_json(manifest) + "\n")
+        (self.working / WORKING).unlink()
+        sync_tree(self.working)
+        publish(self.working, self.directory)
+
+    def _part(self) -> str:
+        return next(reversed(self._tables))
+
+    def _flush(self) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        ocp.partial.save(self.working.absolute() / self._part(), nest(self._held))
+        self._held, self._flushed = {}, True
+
+    def _end_part(self) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        if self._flushed:
+            if self._held:
+                self._flush()
+            ocp.partial.finalize(self.working.absolute() / self._part())
+        elif self._held:  # a small part is one tree written at once
+            ocp.save(self.working.absolute() / self._part(), nest(self._held))
+        self._held, self._flushed = {}, False
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": x} -> {"a": {"b": x}}"""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The inverse of `nest`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def publish(working: Path, final: Path) -> None:
+    """Renames a complete directory to its name; one of that name that was there goes once the new one stands."""
+    old = final.with_name(final.name + ".old")
+    if final.exists():
+        os.rename(final, old)
+    os.rename(working, final)
+    _sync(final.absolute().parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_tree(directory: Path) -> None:
+    """fsync of every file and folder below, so that the rename that follows never names data that is not there."""
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            _sync(Path(folder) / file)
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """True for the operating system's error, and for TensorStore's, which carries it as text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return bool(re.search(r"No space left|ENOSPC|Disk quota exceeded|File too large", str(error)))
+
+
+def lined_json(value: Any, indent: str = "") -> str:
+    """JSON with a line for each entry of an object and lists kept on theirs, so that a weight is a line."""
+    if not isinstance(value, Mapping) or not value:
+        return json.dumps(value)
+    inner = indent + "  "
+    rows = ",\n".join(f"{inner}{json.dumps(key)}: {lined_json(item, inner)}" for key, item in value.items())
+    return f"{{\n{rows}\n{indent}}}"
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not path.is_file():
+        diffusers = (directory / "model_index.json").is_file()
+        hint = ": it looks like a diffusers folder, run 'python -m convert' on it" if diffusers else ""
+        raise UserError(f"{directory} is not a checkpoint of flux_jax (no {MANIFEST}){hint}")
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["version"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: copy or convert the checkpoint again") from None
+    if version != VERSION:
+        raise UserError(f"{path} has format version {version}, this flux_jax reads version {VERSION}: upgrade flux_jax")
+    if missing := {"configs", "quantization", "tokenizers", "parts"} - manifest.keys():
+        raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+    return manifest
+
+
+def _inside(directory: Path, relative: str) -> Path:
+    """The absolute path of a folder of the checkpoint; UserError where it leads out, by its name or by a link."""
+    root = directory.resolve()
+    path = (root / relative).resolve()
+    if Path(relative).is_absolute() or ".." in Path(relative).parts or not path.is_relative_to(root):
+        raise UserError(f"{directory / MANIFEST}: the path {relative!r} leaves the checkpoint, which is refused")
+    return path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
