@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -47,7 +47,7 @@ class Tokenizers:
         self._clip_pad = _token_id(clip, clip_pad, "clip")
 
     @classmethod
-    def load(cls, directory: str | Path, config: FluxConfig) -> Self:
+    def load(cls, directory: str | Path, config: FluxConfig) -> "Tokenizers":
         """Reads `directory/t5` and `directory/clip`; UserError when a file is missing, broken or another model's."""
         clip_folder = Path(directory) / "clip"
         pad = _special_tokens(clip_folder).get("pad_token", END)
@@ -190,7 +190,10 @@ def _t5_from_sentencepiece(folder: Path) -> Tokenizer:
         raise UserError(
             f"{folder} has spiece.model but no tokenizer.json: add it, or `pip install transformers sentencepiece`."
         ) from error
-    return T5TokenizerFast.from_pretrained(str(folder)).backend_tokenizer
+    try:
+        return T5TokenizerFast.from_pretrained(str(folder)).backend_tokenizer
+    except Exception as error:  # transformers tries other formats too and fails in many ways
+        raise UserError(f"{folder / 'spiece.model'} cannot be read ({error}): download it again.") from error
 
 
 def _read(folder: Path) -> Tokenizer:

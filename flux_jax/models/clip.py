@@ -7,6 +7,7 @@ positions). FLUX uses the tower without CLIP's text projection.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -44,15 +45,17 @@ class CLIPLayer(nnx.Module):
         return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x))))
 
     def attention(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Each token attends to itself and those before it."""
+        """Each token attends to itself and those before it; the logits stay in float32 through the softmax."""
         b, t, d = x.shape
         q, k, v = (project(x).reshape(b, t, self.num_heads, -1) for project in (self.q, self.k, self.v))
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        logits = jnp.where(np.tri(t, dtype=bool)[None, None], logits, -jnp.inf)
+        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(x.dtype), v)
         return self.out(y.reshape(b, t, d))
 
 
 class CLIPText(nnx.Module):
-    """ids int32 [b, t] -> pooled [b, hidden_size] in `dtype`."""
+    """ids int32 [b, t] -> pooled [b, hidden_size] in `dtype`. ValueError when t is more than max_positions."""
 
     def __init__(self, config: CLIPConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -62,7 +65,10 @@ class CLIPText(nnx.Module):
         self.final_norm = LayerNorm(config.hidden_size, eps=config.eps, dtype=dtype)
 
     def __call__(self, ids: Int[Array, "b t"]) -> Float[Array, "b d"]:
-        x = self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))[None]
+        t = ids.shape[1]
+        if t > self.config.max_positions:
+            raise ValueError(f"{t} tokens do not fit into CLIP's {self.config.max_positions} positions")
+        x = self.token_embedding(ids) + self.position_embedding.weight[:t][None]
         x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), x, self.layers)
         # Causal, so nothing behind the end-of-text token has reached it: pooling first spares the norm the other rows.
         pooled = jnp.take_along_axis(x, self.end_of_text(ids)[:, None, None], axis=1)[:, 0]

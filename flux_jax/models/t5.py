@@ -66,7 +66,8 @@ class T5Layer(nnx.Module):
         """All tokens attend to all; `bias` is added to the logits, which stay in float32 through the softmax."""
         b, t, _ = x.shape
         q, k, v = (project(x).reshape(b, t, -1, self.head_dim) for project in (self.q, self.k, self.v))
-        y = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=1.0, implementation="xla")
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) + bias
+        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(x.dtype), v)
         return self.o(y.reshape(b, t, -1))
 
 
