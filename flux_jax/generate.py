@@ -1,0 +1,243 @@
+"""`python -m flux_jax.generate "a red circle"`: the command line over `FluxPipeline`.
+
+In: arguments (see `flux_jax.cli`). Out: PNG files that hold all it takes to repeat them; their paths, or one JSON
+object, on stdout; notices, progress and timings on stderr. Exit status 0, 2 (bad input), 3 (missing weights), 4 (out
+of memory), 130 (interrupted).
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flux_jax import cache, cli, images, jobs
+from flux_jax.config import FluxConfig
+from flux_jax.errors import UserError
+
+DEFAULT_MODEL = "nano"
+DISTRIBUTION = "flux-jax-ternary"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; every foreseeable failure is one sentence on stderr."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: say(str(message))
+            run(cli.parse(sys.argv[1:] if argv is None else argv, f"flux_jax {version()}"))
+        return 0
+    except UserError as error:
+        say(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("Interrupted; pictures that were finished are kept.")
+        return 130
+    except (MemoryError, RuntimeError) as error:  # jax.errors.JaxRuntimeError is a RuntimeError
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        say("Out of memory; choose a smaller --size, --dtype bfloat16, or a machine with more of it.")
+        return 4
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def version() -> str:
+    """Of the installed package; a checkout that was never installed has none."""
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def run(args: argparse.Namespace) -> None:
+    set_environment(args.device)
+    from flux_jax.checkpoint import MANIFEST, Checkpoint
+
+    if args.list_models:
+        list_models()
+        return
+    record = images.read_record(args.from_metadata) if args.from_metadata else None
+    name = args.model or (record and record["model"].get("id")) or DEFAULT_MODEL
+    stored = Checkpoint.open(name)
+    sha256 = hashlib.sha256((stored.directory / MANIFEST).read_bytes()).hexdigest()
+    model = {"id": name, "name": stored.config.name, "sha256": sha256}
+    if record and record["model"].get("sha256") != sha256:
+        say(f"{args.from_metadata} was made with another checkpoint than {name}: the picture will differ.")
+    dtype = cli.DTYPES.get(args.dtype or (record and record["dtype"]) or "auto")
+    if dtype is None:
+        raise UserError(f"{args.from_metadata} was made in {record['dtype']}, which is not offered here; add --dtype.")
+    planned, seeded = jobs.plan(args, stored.config, record, say)
+    left = jobs.skip_done(planned, args, seeded, sha256)
+    if len(left) < len(planned) and not args.quiet:
+        say(f"{len(planned) - len(left)} of {len(planned)} pictures exist already.")
+    report: dict[str, Any] = {"model": model, "skipped": [str(job.output) for job in planned if job not in left]}
+    if args.dry_run:
+        report |= {"dry_run": True, "parameters": parameter_counts(stored.config)}
+        report["images"] = [{"path": str(job.output), "id": job.id, **job.settings()} for job in left]
+        explain(report, args)
+    else:
+        report |= generate(args, left, stored.directory, model, dtype) if left else {"images": []}
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False), flush=True)
+
+
+def list_models() -> None:
+    """Alias and name of each model that came with the package, a line each, on stdout."""
+    from flux_jax.checkpoint import ALIASES, MANIFEST, Checkpoint, resolve
+
+    for alias in ALIASES:
+        if (resolve(alias) / MANIFEST).is_file():
+            print(f"{alias}\t{Checkpoint.open(alias).config.name}")
+
+
+def set_environment(device: str | None) -> None:
+    """What JAX reads when it is imported, so it must be set before. The user's own values win, except for --device."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the rest of the GPU to others
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def check_device(device: str | None) -> None:
+    """No silent fallback: a GPU that was asked for must be there, one that is there but not usable is mentioned."""
+    import jax
+
+    if jax.default_backend() == "gpu" or device == "cpu":
+        return
+    if device == "gpu":
+        raise UserError(
+            f"JAX finds no GPU; install its plugin with pip install '{DISTRIBUTION}[cuda13]', or use --device cpu."
+        )
+    if Path("/proc/driver/nvidia/version").exists():
+        say(
+            f"JAX cannot use the NVIDIA driver that is here: running on the CPU (pip install '{DISTRIBUTION}[cuda13]')."
+        )
+
+
+def generate(
+    args: argparse.Namespace, todo: list[jobs.Job], folder: Path, model: dict[str, Any], dtype: str
+) -> dict[str, Any]:
+    """Loads the model, draws and writes each job; returns what the JSON report says about it."""
+    start = time.perf_counter()
+    import jax
+
+    check_device(args.device)
+    cached = None if args.no_cache else cache.enable()
+    from flux_jax.pipeline import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(folder, dtype=dtype)
+    device = jax.devices()[0]
+    if args.verbose:
+        where = f"{pipe.dtype} on {device.device_kind} ({device.platform})"
+        say(f"{model['name']} from {folder} | {where} | compiled programs: {cached or 'not kept'}")
+    totals = {"load": time.perf_counter() - start}
+    provenance = {
+        "format": images.RECORD_FORMAT,
+        "dtype": str(pipe.dtype),
+        "model": model,
+        "device": f"{device.platform} {device.device_kind}",
+        "versions": {"flux_jax": version(), "jax": jax.__version__, "python": sys.version.split()[0]},
+    }
+    made = []
+    for number, job in enumerate(todo, 1):
+        bar = Bar(job.steps, f"{number}/{len(todo)} " if len(todo) > 1 else "") if shows_bar(args) else None
+        out = pipe(
+            job.prompt,
+            height=job.height,
+            width=job.width,
+            num_inference_steps=job.steps,
+            guidance_scale=job.guidance,
+            seed=job.seed,
+            negative_prompt=job.negative_prompt,
+            true_cfg_scale=job.true_cfg,
+            max_sequence_length=job.max_sequence_length,
+            callback_on_step_end=bar,
+        )
+        if bar:
+            bar.clear()
+        entry = {**provenance, **job.settings()}
+        images.write_png(job.output, out.images[0], entry, overwrite=args.overwrite)
+        made.append({"path": str(job.output), "id": job.id, **entry})
+        totals = {k: totals.get(k, 0.0) + out.timings.get(k, 0.0) for k in {**totals, **out.timings}}
+        if not args.json:
+            print(job.output, flush=True)
+        if not args.quiet:
+            say(f"seed {job.seed} | {job.output} | repeat: python -m flux_jax.generate -C {job.output}")
+    if not args.quiet:
+        say(summary(totals))
+    return {"images": made, "timings": {k: round(v, 3) for k, v in totals.items()}}
+
+
+def summary(seconds: dict[str, float]) -> str:
+    """`load 1.0 s | compile 3.1 s | text 0.1 s | denoise 28 x 0.005 s | VAE 0.1 s`."""
+    steps = int(seconds["steps"])
+    return (
+        f"load {seconds['load']:.1f} s | compile {seconds['compile']:.1f} s | text {seconds['text']:.2f} s | "
+        f"denoise {steps} x {seconds['denoise'] / max(steps, 1):.3f} s | VAE {seconds['decode']:.2f} s"
+    )
+
+
+def shows_bar(args) -> bool:
+    return sys.stderr.isatty() and not args.quiet
+
+
+class Bar:
+    """A progress bar as the pipeline's step callback; drawn on one line of a terminal, and wiped at the end."""
+
+    WIDTH = 24
+
+    def __init__(self, steps: int, label: str):
+        self.steps, self.label, self.started = steps, label, 0.0
+        self.draw("compiling, once for each size ...")
+
+    def __call__(self, pipe, step: int, timestep: float, tensors) -> None:
+        done = step + 1
+        self.started = self.started or time.perf_counter()  # behind the first step: it may have been compiled in there
+        pace = f"{(time.perf_counter() - self.started) / step:.2f} s/step" if step else ""
+        filled = self.WIDTH * done // self.steps
+        self.draw(f"{'#' * filled}{'.' * (self.WIDTH - filled)} {done}/{self.steps} {pace}")
+
+    def draw(self, text: str) -> None:
+        print(f"\r\033[K{self.label}{text}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def parameter_counts(config: FluxConfig) -> dict[str, int]:
+    """Parameters of each part, from shapes alone."""
+    import math
+
+    from flux_jax import parts
+
+    return {
+        part: sum(math.prod(shape) for shape in parts.leaf_table(parts.abstract_part(part, config)).values())
+        for part in parts.PARTS
+    }
+
+
+def explain(report: dict[str, Any], args) -> None:
+    """A dry run in words on stderr, and the paths that would be written on stdout."""
+    counts = report["parameters"]
+    total = sum(counts.values())
+    if not args.quiet:
+        listed = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        say(f"{report['model']['name']}: {total:,} parameters ({listed}), {2 * total / 1e9:.2f} GB in bfloat16.")
+        for image in report["images"]:
+            size = f"{image['width']}x{image['height']}"
+            say(f"{size}, {image['steps']} steps, seed {image['seed']}: {image['prompt']}")
+    if not args.json:
+        for image in report["images"]:
+            print(image["path"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What may be asked of a model, checked before anything is computed; shared by the pipeline and the command line.
+
+In: the numbers of a request and a `FluxConfig`. Out: the same numbers, sizes fitted to whole tokens, or a UserError of
+one sentence. Pure Python: a wrong flag is answered before JAX is imported.
+"""
+
+import math
+import re
+import secrets
+
+from flux_jax.config import FluxConfig
+from flux_jax.errors import UserError
+
+MAX_EDGE = 16_384  # pixels
+MAX_IMAGE_TOKENS = 65_536  # 4096 x 4096 pixels of FLUX; its attention is quadratic in this
+MAX_STEPS = 1000  # the training schedule has no more noise levels
+SEED_LIMIT = 2**32  # what a 32-bit random key distinguishes
+
+
+def random_seed() -> int:
+    """A seed nobody chose, in [0, 2**32)."""
+    return secrets.randbelow(SEED_LIMIT)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`1280x720` as (width, height)."""
+    match = re.fullmatch(r"(\d+)\s*[xX×]\s*(\d+)", text.strip())
+    if not match:
+        raise UserError(f"--size must read WIDTHxHEIGHT, such as 1024x768, not {text!r}.")
+    return int(match[1]), int(match[2])
+
+
+def aspect_size(text: str, area: int, multiple: int) -> tuple[int, int]:
+    """`16:9` as the (width, height) nearest to `area` pixels, both whole multiples of `multiple`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[:/]\s*(\d+(?:\.\d+)?)", text.strip())
+    ratio = float(match[1]) / float(match[2]) if match and float(match[2]) else 0.0
+    if not 0.1 <= ratio <= 10:
+        raise UserError(f"--aspect must read WIDTH:HEIGHT between 1:10 and 10:1, such as 16:9, not {text!r}.")
+    return _nearest(math.sqrt(area * ratio), multiple), _nearest(math.sqrt(area / ratio), multiple)
+
+
+def _nearest(edge: float, multiple: int) -> int:
+    return max(1, math.floor(edge / multiple + 0.5)) * multiple
+
+
+def fit_size(config: FluxConfig, height: int, width: int, *, strict: bool = False) -> tuple[int, int, list[str]]:
+    """(height, width, notices): each edge rounded to whole tokens, with a sentence for each that changed.
+
+    Raises UserError for a size no model can draw, and under `strict` for one that would have to be rounded.
+    """
+    multiple, notices, edges = config.pixels_per_token, [], []
+    for name, edge in (("height", height), ("width", width)):
+        if not isinstance(edge, int) or not 1 <= edge <= MAX_EDGE:
+            raise UserError(f"{name} must be between {multiple} and {MAX_EDGE} pixels, not {edge!r}.")
+        fitted = min(_nearest(edge, multiple), MAX_EDGE)
+        if fitted != edge and strict:
+            raise UserError(f"{name} {edge} is not a multiple of {multiple}; the nearest is {fitted}.")
+        if fitted != edge:
+            notices.append(f"{name} {edge} is not a multiple of {multiple}; using {fitted} (--strict-size to fail).")
+        edges.append(fitted)
+    tokens = edges[0] * edges[1] // multiple**2
+    if tokens > MAX_IMAGE_TOKENS:
+        raise UserError(
+            f"{edges[1]}x{edges[0]} pixels are {tokens} image tokens, more than the {MAX_IMAGE_TOKENS} allowed; "
+            "choose a smaller size."
+        )
+    return edges[0], edges[1], notices
+
+
+def check_prompt(prompt: str) -> str:
+    """The prompt, if it has a word in it."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError("The prompt is empty; say what to draw.")
+    return prompt
+
+
+def check_seeds(seeds: list[int]) -> list[int]:
+    """The seeds, if each is in [0, 2**32)."""
+    for seed in seeds:
+        if not isinstance(seed, int) or not 0 <= seed < SEED_LIMIT:
+            raise UserError(f"A seed must be a whole number from 0 to {SEED_LIMIT - 1}, not {seed!r}.")
+    return seeds
+
+
+def check_numbers(
+    config: FluxConfig, *, steps: int, guidance: float, true_cfg: float, max_sequence_length: int
+) -> None:
+    """Raises UserError unless each number is one that the model can use."""
+    if not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+        raise UserError(f"The number of steps must be from 1 to {MAX_STEPS}, not {steps!r}.")
+    if not (math.isfinite(guidance) and 0 <= guidance <= 100):
+        raise UserError(f"Guidance must be between 0 and 100, not {guidance!r}.")
+    if not (math.isfinite(true_cfg) and 1 <= true_cfg <= 100):
+        raise UserError(f"True guidance must be between 1 (off) and 100, not {true_cfg!r}.")
+    longest = config.sampling.max_sequence_length
+    if not isinstance(max_sequence_length, int) or not 1 <= max_sequence_length <= longest:
+        raise UserError(
+            f"max_sequence_length must be from 1 to {longest} for {config.name}, not {max_sequence_length!r}."
+        )

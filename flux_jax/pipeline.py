@@ -1,0 +1,294 @@
+"""From prompts to pictures: `FluxPipeline` holds the parts of a model and runs the programs of `flux_jax.denoise` in
+order.
+
+In: prompts (or text [b, t, d] and pooled [b, p]), a size in pixels, seeds (or noise [b, i, c]). Out: pictures, the
+seed behind each, and where the time went. Names of arguments are those of diffusers' FluxPipeline, so that code ports
+by changing an import.
+"""
+
+import dataclasses
+import functools
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from flux_jax import denoise, images, inputs, sampling
+from flux_jax.checkpoint import Checkpoint
+from flux_jax.config import FluxConfig
+from flux_jax.errors import UserError
+from flux_jax.models.attention import rotary
+from flux_jax.parts import PARTS
+from flux_jax.tokenizers import Tokenizers
+
+DEFAULT_MODEL = "nano"
+Callback = Callable[["FluxPipeline", int, float, dict[str, jax.Array]], dict[str, Any] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """`images`: list of PIL images, or float32 [b, h, w, 3] in [0, 1] ("np"), or latents float32 [b, i, c] ("latent").
+    `seeds`: one for each. `timings`: seconds by stage (compile, text, denoise, decode), and the `steps` run."""
+
+    images: Any
+    seeds: list[int]
+    timings: dict[str, float]
+
+
+class FluxPipeline:
+    """A text-to-image model. Build it with `from_pretrained`, or from modules of `flux_jax.models`."""
+
+    def __init__(
+        self,
+        config: FluxConfig,
+        *,
+        transformer: nnx.Module,
+        vae: nnx.Module,
+        t5: nnx.Module | None = None,
+        clip: nnx.Module | None = None,
+        tokenizers: Tokenizers | None = None,
+        dtype: Any = jnp.float32,
+    ):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.transformer, self.vae, self.t5, self.clip, self.tokenizers = transformer, vae, t5, clip, tokenizers
+        self.interrupt = False  # set from a callback: the picture stops where it is, later ones are left out
+        self._encoded: dict[tuple[str, int], tuple[jax.Array, jax.Array]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_alias: str | Path = DEFAULT_MODEL, dtype: Any = "auto", mesh: Mesh | None = None
+    ) -> Self:
+        """A checkpoint's folder, or an alias of `flux_jax.checkpoint`. dtype: of weights and activations; "auto" is
+        bfloat16 on a GPU and float32 on a CPU, where it is both faster and exact. mesh: the weights are replicated
+        over it. Raises UserError for what is no readable checkpoint."""
+        stored, dtype = Checkpoint.open(path_or_alias), resolve_dtype(dtype)
+        parts = {part: stored.load(part, dtype=dtype, sharding=mesh) for part in PARTS}
+        return cls(stored.config, tokenizers=Tokenizers.load(stored.tokenizers, stored.config), dtype=dtype, **parts)
+
+    def free_encoders(self) -> None:
+        """Drops T5 and CLIP from memory. Prompts of the last call, and embeddings given as arguments, still work."""
+        self.t5 = self.clip = None
+
+    def encode_prompt(self, prompt: str, max_sequence_length: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """text [1, t, d] and pooled [1, p] of one prompt; UserError when it is needed and the encoders were freed."""
+        return self._encode(_Clock(), prompt, max_sequence_length or self.config.sampling.max_sequence_length)
+
+    def _encode(self, clock: "_Clock", prompt: str, length: int) -> tuple[jax.Array, jax.Array]:
+        if (prompt, length) in self._encoded:
+            return self._encoded[prompt, length]
+        if self.t5 is None or self.clip is None or self.tokenizers is None:
+            raise UserError(
+                "The text encoders were freed; pass prompt_embeds and pooled_prompt_embeds, or load the model again."
+            )
+        if notice := self.tokenizers.truncation_warning(prompt, length):
+            warnings.warn(notice, stacklevel=4)
+        ids = jnp.asarray(self.tokenizers.t5([prompt], length)), jnp.asarray(self.tokenizers.clip([prompt]))
+        return clock.run("text", denoise.encode, self.t5, self.clip, *ids)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        latents: Any = None,
+        prompt_embeds: Any = None,
+        pooled_prompt_embeds: Any = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        max_sequence_length: int | None = None,
+        output_type: Literal["pil", "np", "latent"] = "pil",
+        callback_on_step_end: Callback | None = None,
+    ) -> Output:
+        """Draws `num_images_per_prompt` pictures of each prompt; what is None is the model's own default.
+
+        seed: picture i of the call uses seed + i, alone or in any batch (None: drawn at random). latents: noise
+        float32 [b, i, c] instead of it. prompt_embeds [b, t, d] with pooled_prompt_embeds [b, p]: instead of prompts.
+        true_cfg_scale above 1: classifier-free guidance against `negative_prompt` ("" where None), at twice the time.
+        callback_on_step_end(pipe, step, timestep in (0, 1000], {"latents", "denoised"}: float32 [1, i, c]) runs after
+        each step of each picture; it may return {"latents": ...} to go on from, or set `pipe.interrupt`.
+        Raises UserError for input that cannot be drawn, and for latents that stop being finite.
+        """
+        clock, defaults = _Clock(), self.config.sampling
+        height, width, steps, guidance, length = (
+            default if value is None else value
+            for value, default in (
+                (height, defaults.height),
+                (width, defaults.width),
+                (num_inference_steps, defaults.num_inference_steps),
+                (guidance_scale, defaults.guidance_scale),
+                (max_sequence_length, defaults.max_sequence_length),
+            )
+        )
+        inputs.check_numbers(
+            self.config, steps=steps, guidance=guidance, true_cfg=true_cfg_scale, max_sequence_length=length
+        )
+        height, width, notices = inputs.fit_size(self.config, height, width)
+        for notice in notices:
+            warnings.warn(notice, stacklevel=2)
+        if output_type not in ("pil", "np", "latent"):
+            raise UserError(f'output_type must be "pil", "np" or "latent", not {output_type!r}.')
+        self.interrupt = False
+
+        conditions = self._conditions(
+            clock, prompt, prompt_embeds, pooled_prompt_embeds, negative_prompt, true_cfg_scale, length
+        )
+        if num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}.")
+        conditions = [c for c in conditions for _ in range(num_images_per_prompt)]
+        first = inputs.random_seed() if seed is None else seed
+        seeds = [first + i if seed is not None else (first + i) % inputs.SEED_LIMIT for i in range(len(conditions))]
+        inputs.check_seeds(seeds)
+
+        rows, columns = height // self.config.pixels_per_token, width // self.config.pixels_per_token
+        noise = self._given_noise(latents, len(conditions), rows, columns)
+        sigmas = jnp.asarray(sampling.sigmas(defaults, steps, rows * columns))
+        results = []
+        for i, (text, pooled) in enumerate(conditions):
+            x = jnp.array(noise[i]) if noise is not None else self._noise(seeds[i], rows, columns)
+            steering = denoise.Conditions(
+                text, pooled, jnp.float32(guidance), jnp.float32(true_cfg_scale),
+                self._rope(rows, columns, text.shape[1]),
+            )  # fmt: skip
+            x = self._denoise(clock, x, sigmas, steering, callback_on_step_end, seeds[i])
+            if output_type == "latent":
+                results.append(np.asarray(x))
+            else:
+                results.append(np.asarray(clock.run("decode", denoise.decode, self.vae, x, rows, columns)))
+            if self.interrupt:
+                break
+        stacked = np.stack(results)
+        if output_type == "pil":
+            stacked = images.to_pil((stacked * 255).round().astype(np.uint8))
+        return Output(stacked, seeds[: len(results)], clock.seconds)
+
+    def _conditions(
+        self, clock, prompt, embeds, pooled, negative, true_cfg, length
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """(text [k, t, d], pooled [k, p]) for each prompt, encoding each distinct one once."""
+        if (prompt is None) == (embeds is None) or (embeds is None) != (pooled is None):
+            raise UserError("Pass either a prompt, or both prompt_embeds and pooled_prompt_embeds.")
+        if negative is not None and true_cfg == 1:
+            warnings.warn("negative_prompt has no effect while true_cfg_scale is 1; try 3 (2x slower).", stacklevel=3)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        count = len(prompts) if embeds is None else len(embeds)
+        negatives = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
+        if len(negatives) != count or count == 0:
+            raise UserError(
+                f"{count} prompts and {len(negatives)} negative prompts; pass one for each, or one for all."
+            )
+        wanted = [inputs.check_prompt(p) for p in prompts] + (negatives if true_cfg > 1 else [])
+        self._encoded = {(p, length): self._encode(clock, p, length) for p in dict.fromkeys(wanted)}
+        if embeds is None:
+            pairs = [self._encoded[p, length] for p in prompts]
+        else:
+            texts, pools = jnp.asarray(embeds, self.dtype), jnp.asarray(pooled, self.dtype)
+            dims = self.config.transformer
+            if texts.ndim != 3 or pools.shape != (count, dims.pooled_dim) or texts.shape[2] != dims.text_dim:
+                raise UserError(
+                    f"prompt_embeds must be [b, t, {dims.text_dim}] and pooled_prompt_embeds [b, {dims.pooled_dim}], "
+                    f"not {list(texts.shape)} and {list(pools.shape)}."
+                )
+            pairs = [(texts[i : i + 1], pools[i : i + 1]) for i in range(count)]
+        if true_cfg > 1:
+            against = [self._encoded[n, length] for n in negatives]
+            pairs = [
+                tuple(jnp.concatenate(both) for both in zip(p, n, strict=True))
+                for p, n in zip(pairs, against, strict=True)
+            ]
+        return pairs
+
+    def _denoise(self, clock, x, sigmas, conditions, callback: Callback | None, seed: int) -> jax.Array:
+        """Noise [i, c] -> latents [i, c]: one program, or the same step driven from here when somebody listens."""
+        steps = len(sigmas) - 1
+        if callback is None:
+            x, finite = clock.run("denoise", denoise.denoise, self.transformer, x, sigmas, conditions)
+            clock.seconds["steps"] += steps
+            if not (finite := np.asarray(finite)).all():
+                self._not_finite(int(finite.argmin()), steps, seed)
+            return x
+        modulation = clock.run("denoise", denoise.modulations, self.transformer, sigmas, conditions)
+        levels = np.asarray(sigmas)
+        for i in range(steps):
+            x, denoised, finite = clock.run(
+                "denoise", denoise.step, self.transformer, x, sigmas, conditions, modulation, jnp.int32(i)
+            )
+            clock.seconds["steps"] += 1
+            if not finite:
+                self._not_finite(i, steps, seed)
+            # A copy: the next step takes over the memory of x, and the callback may have kept it.
+            changed = callback(
+                self, i, 1000 * float(levels[i]), {"latents": jnp.array(x)[None], "denoised": denoised[None]}
+            )
+            if changed and "latents" in changed:
+                x = jnp.array(changed["latents"], jnp.float32).reshape(x.shape)
+            if self.interrupt:
+                break
+        return x
+
+    def _not_finite(self, i: int, steps: int, seed: int):
+        hint = (
+            "the checkpoint's weights may be damaged"
+            if self.dtype == jnp.float32
+            else "try dtype float32, or another seed"
+        )
+        raise UserError(
+            f"Step {i + 1} of {steps} gave latents that are not finite (seed {seed}, {self.dtype}); {hint}."
+        )
+
+    def _noise(self, seed: int, rows: int, columns: int) -> jax.Array:
+        noise = sampling.initial_noise(seed, 2 * rows, 2 * columns, self.config.vae.latent_channels)
+        return sampling.pack_latents(noise[None])[0]
+
+    def _given_noise(self, latents, count: int, rows: int, columns: int) -> np.ndarray | None:
+        if latents is None:
+            return None
+        noise = np.asarray(latents, np.float32)
+        shape = (count, rows * columns, self.config.transformer.in_channels)
+        if noise.shape != shape:
+            raise UserError(
+                f"latents must be packed tokens {list(shape)} (pictures, tokens, channels), not {list(noise.shape)}."
+            )
+        return noise
+
+    def _rope(self, rows: int, columns: int, text_tokens: int) -> jax.Array:
+        transformer = self.config.transformer
+        return _rope(rows, columns, text_tokens, transformer.axes_dim, transformer.theta)
+
+
+@functools.lru_cache(maxsize=4)
+def _rope(rows: int, columns: int, text_tokens: int, axes_dim: tuple[int, ...], theta: int) -> jax.Array:
+    return jnp.asarray(rotary(sampling.position_ids(rows, columns, text_tokens), axes_dim, theta))
+
+
+def resolve_dtype(dtype: Any) -> Any:
+    """ "auto" as the dtype that suits the machine, anything else as a numpy dtype."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(dtype)
+
+
+class _Clock:
+    """Seconds by stage, compilation apart: a program is compiled ahead of its call, which then finds it ready."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("compile", "text", "denoise", "decode", "steps"), 0.0)
+
+    def run(self, stage: str, program: Any, *args):
+        start = time.perf_counter()
+        program.lower(*args).compile()
+        compiled = time.perf_counter()
+        result = jax.block_until_ready(program(*args))
+        self.seconds["compile"] += compiled - start
+        self.seconds[stage] += time.perf_counter() - compiled
+        return result
