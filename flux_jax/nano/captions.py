@@ -298,7 +298,7 @@ def evaluation_captions() -> tuple[Caption, ...]:
     chosen: list[Caption] = []
     for tag, number in EVALUATION.items():
         meanings = [m for m in _meanings(tag) if tag == "single_object" or unseen(*m) == {_OWN_KIND[tag]}]
-        meanings.sort(key=lambda m: _hash("meaning", m))
+        meanings.sort(key=lambda m: _hash("meaning", phrase(*m).text))
         if tag == "position":
             groups = [[m for m in meanings if bool(m[0][0].color) == colored] for colored in (False, True)]
             shares = [number // 2, number - number // 2]
