@@ -1,8 +1,8 @@
 """Checkpoints on disk: written whole or not at all, read only after everything about them has been checked.
 
-    NAME/flux_jax.json                 format version, configs, quantization, source, licence, versions, table of
-    weights NAME/{transformer,t5,clip,vae}/    one Orbax v1 tree per part, a leaf per weight and layer (see
-    `flux_jax.parts`) NAME/tokenizers/{t5,clip}/         the tokenizers' own files
+NAME/flux_jax.json format version, configs, quantization, source, licence, versions, table of weights
+NAME/{transformer,t5,clip,vae}/ one Orbax v1 tree per part, a leaf per weight and layer (see `flux_jax.parts`)
+NAME/tokenizers/{t5,clip}/ the tokenizers' own files
 
 In: a directory or an alias. Out: `Checkpoint`, whose `load` gives one part as an NNX module on the devices asked for.
 The arrays are stored as numpy arrays, so nothing in the files speaks of devices, and `orbax.checkpoint.v1.load` reads
@@ -14,10 +14,11 @@ import errno
 import importlib.metadata
 import importlib.resources
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,7 +36,7 @@ TOKENIZERS = "tokenizers"
 WORKING = ".flux_jax_partial"  # marks a directory as an unfinished one of ours, safe to delete
 FLUSH_BYTES = 2**28  # weights held before they are written
 ALIASES = {"nano": "nano-bf16", "nano-bf16": "nano-bf16"}  # name -> folder in the package's data
-PACKAGES = ("flux_jax", "jax", "flax", "orbax-checkpoint", "numpy")
+PACKAGES = ("flux-jax-ternary", "jax", "flax", "orbax-checkpoint", "numpy")
 
 
 def resolve(name: str | Path) -> Path:
@@ -117,6 +118,24 @@ class Checkpoint:
         wanted = {n: np.empty(s, d) if n in names else ocp.PLACEHOLDER for n, (d, s) in table.items()}
         tree = self._orbax(part, lambda path: ocp.load(path, nest(wanted)))
         return {name: value for name, value in flatten(tree).items() if name in names}
+
+    def stream(self, part: str, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """The named weights in that order, on the host, `FLUSH_BYTES` (or one weight) at a time."""
+        table, batch, held = self.table(part), [], 0
+        for name in names:
+            dtype, shape = table[name]
+            size = math.prod(shape) * dtype.itemsize
+            if batch and held + size > FLUSH_BYTES:
+                yield from self._in_order(part, batch)
+                batch, held = [], 0
+            batch.append(name)
+            held += size
+        yield from self._in_order(part, batch)
+
+    def _in_order(self, part: str, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+        weights = self.read(part, names)
+        for name in names:
+            yield name, weights.pop(name)
 
     def _check(self, part: str, table: Mapping, needed: Mapping[str, tuple[int, ...]]) -> None:
         """The manifest's table against the module, then Orbax's metadata against the manifest."""
@@ -232,11 +251,12 @@ class Writer:
     ) -> None:
         """Writes the manifest, brings everything to the disk and gives the directory its name.
 
-        source: where it came from ({"from": ..., "sha256": {file: hash}}); licence: its SPDX name; files: further files
-        by name, such as a licence text.
+        tokenizers: a folder with t5/ and clip/ (copied, unless it is `working`/tokenizers already); source: where it
+        came from ({"from": ..., "sha256": {file: hash}}); licence: its SPDX name; files: further files by name, such as
+        a licence text.
         """
         self._end_part()
-        if tokenizers is not None:
+        if tokenizers not in (None, self.working / TOKENIZERS):
             shutil.copytree(tokenizers, self.working / TOKENIZERS)
         for name, content in (files or {}).items():
             (self.working / name).write_bytes(content)

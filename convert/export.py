@@ -1,0 +1,124 @@
+"""A checkpoint written back as a diffusers folder, which diffusers' FluxPipeline.from_pretrained loads.
+
+In: a checkpoint, a folder name. Out: model_index.json, scheduler/, tokenizers, and per part a config.json and one
+.safetensors file with the published names, in the checkpoint's dtype. Weights go through one at a time.
+"""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import configs
+from convert.engine import Weight, expected
+from convert.reader import FLOATS
+from convert.rules import FORMATS
+from convert.sources import TOKENIZER_FOLDERS
+from flux_jax.checkpoint import Checkpoint, disk_is_full, publish, sync_tree
+from flux_jax.errors import UserError
+from flux_jax.parts import PARTS, abstract_part, leaf_table
+
+CLASSES = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+WEIGHTS = {
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "t5": "model.safetensors",
+    "clip": "model.safetensors",
+}
+NAMES = {np.dtype(dtype): name for name, dtype in FLOATS.items()}
+
+
+def export(name: str | Path, out: Path, *, quiet: bool = False) -> None:
+    """Writes the folder `out`, whole or not at all. UserError where it exists or the checkpoint lacks a part."""
+    checkpoint = Checkpoint.open(name)
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another name")
+    if missing := PARTS.keys() - set(checkpoint.parts):
+        raise UserError(f"{checkpoint.directory} has no {', '.join(sorted(missing))}: diffusers needs every part")
+    working = out.with_name(out.name + ".partial")
+    if working.exists():
+        raise UserError(f"{working} is in the way, perhaps from an interrupted run: delete it")
+    try:
+        working.mkdir(parents=True)
+        _write_small(checkpoint, working)
+        for part, folder in configs.FOLDERS.items():
+            _write_part(checkpoint, part, working / folder / WEIGHTS[part], quiet)
+        sync_tree(working)
+        publish(working, out)
+    except OSError as error:
+        reason = "the disk is full" if disk_is_full(error) else error.strerror or str(error)
+        raise UserError(f"cannot write {out}: {reason}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def _write_small(checkpoint: Checkpoint, working: Path) -> None:
+    config = checkpoint.config
+    extra = {
+        "name": config.name,
+        "licence": checkpoint.manifest.get("licence"),
+        "sampling": config.to_json()["sampling"],
+    }
+    index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0", configs.EXTRA: extra, **CLASSES}
+    _write_json(working / "model_index.json", index)
+    _write_json(working / "scheduler" / "scheduler_config.json", configs.scheduler_json(config.sampling))
+    for part, folder in configs.FOLDERS.items():
+        _write_json(working / folder / "config.json", configs.published(part, config))
+    for part, (folder, _) in TOKENIZER_FOLDERS.items():
+        shutil.copytree(checkpoint.tokenizers / part, working / folder)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _write_part(checkpoint: Checkpoint, part: str, file: Path, quiet: bool) -> None:
+    """One safetensors file: header first, all shapes being known, then each weight's pieces in that order."""
+    from tqdm import tqdm
+
+    fmt, table = FORMATS[part][0], checkpoint.table(part)
+    weights = expected(part, fmt, checkpoint.config, leaf_table(abstract_part(part, checkpoint.config)))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for path, weight in weights.items():
+        if path not in table or table[path][1] != weight.shape or table[path][0] not in NAMES:
+            raise UserError(
+                f"{checkpoint.directory}: {path} of the {part} is missing, or not of shape {list(weight.shape)}"
+            )
+        for piece in weight.pieces:
+            size = math.prod(piece.shape) * table[path][0].itemsize
+            offsets = [offset, offset + size]
+            header[fmt.prefixes[0] + piece.name] = {
+                "dtype": NAMES[table[path][0]], "shape": list(piece.shape), "data_offsets": offsets
+            }  # fmt: skip
+            offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (
+        open(file, "wb") as f,
+        tqdm(total=offset, unit="B", unit_scale=True, file=sys.stderr, desc=part, disable=quiet) as bar,
+    ):
+        f.write(len(text).to_bytes(8, "little") + text)
+        for path, value in checkpoint.stream(part, weights):
+            for piece in _pieces(weights[path], value):
+                f.write(memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
+                bar.update(piece.nbytes)
+
+
+def _pieces(weight: Weight, value: np.ndarray) -> list[np.ndarray]:
+    if weight.change == "swap":
+        value = np.concatenate(np.split(value, 2)[::-1])
+    return [value[piece.start : piece.stop] for piece in weight.pieces]
