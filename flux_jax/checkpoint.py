@@ -20,7 +20,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +58,7 @@ class Checkpoint:
         self.directory, self.manifest, self.config = directory, manifest, config
 
     @classmethod
-    def open(cls, name: str | Path) -> Self:
+    def open(cls, name: str | Path) -> "Checkpoint":
         """A directory or an alias. UserError where it is no checkpoint, of a newer format, or damaged."""
         directory = resolve(name)
         manifest = _read_manifest(directory)
@@ -207,7 +207,7 @@ class Writer:
         self._held: dict[str, np.ndarray] = {}
         self._flushed = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Writer":
         if self.directory.exists() and not self.overwrite:
             raise UserError(f"{self.directory} exists already: choose another name, or give --overwrite to replace it")
         if self.overwrite and self.directory.exists() and not (self.directory / MANIFEST).is_file():
