@@ -117,21 +117,21 @@ def _patterns() -> tuple[re.Pattern, re.Pattern]:
 def parse(text: str) -> Caption | None:
     """The meaning of a caption, or None where the grammar does not hold it. Case, spaces, a final full stop and a
     wrong choice of "a" or "an" do not matter; `text` is kept as given."""
-    whole, noun = _patterns()
+    whole, part = _patterns()
     match = whole.fullmatch(" ".join(text.lower().rstrip(". \n").split()))
     if not match:
         return None
     first, link, second = match.groups()
     specs = []
     for words in (first, second) if second else (first,):
-        found = noun.fullmatch(words)
+        found = part.fullmatch(words)
         if not found:
             return None
         count = COUNTS.get(found["number"], 1)
-        plural = found["noun"] in _PLURALS
-        if plural != (count > 1):
+        noun = str(found["noun"])
+        if (noun in _PLURALS) != (count > 1):
             return None
-        specs.append(Spec(_PLURALS.get(found["noun"], found["noun"]), found["color"], count))
+        specs.append(Spec(_PLURALS.get(noun, noun), found["color"], count))
     if len(specs) == 2:
         one, two = specs
         same = one.shape == two.shape or (one.color is not None and one.color == two.color)

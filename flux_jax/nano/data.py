@@ -21,7 +21,7 @@ from flux_jax.tokenizers import Tokenizers
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """tokens float16 [n, i, c] (packed latents), t5 int32 [n, t], clip int32 [n, p]; `empty_*`: ids of the prompt ""."""
+    """tokens float16 [n, i, c] (packed latents), t5 int32 [n, t], clip int32 [n, p]; `empty_*`: ids of no prompt."""
 
     tokens: np.ndarray
     t5: np.ndarray
@@ -52,13 +52,11 @@ def _build(
 ) -> dict[str, np.ndarray]:
     encode = jax.jit(lambda vae, images: pack_latents(vae.encode(images.astype(jnp.float32) / 127.5 - 1.0)))
     texts, tokens, chunk, pending = [], [], 64, None
-    for start in tqdm(range(0, count, chunk), desc="encode", unit_scale=chunk, mininterval=5):
-        examples = [
-            captions.sample(np.random.default_rng((seed, i)), split="train") for i in range(start, start + chunk)
-        ]
+    for start in tqdm(range(0, count, chunk), desc="encode", mininterval=10):
+        examples = [captions.sample(np.random.default_rng((seed, i))) for i in range(start, start + chunk)]
         texts += [caption.text for caption, _ in examples]
         images = np.stack([world.render(scene, size) for _, scene in examples])
-        if pending is not None:  # encoded while the next scenes were drawn
+        if pending is not None:  # encoded while these scenes were drawn
             tokens.append(np.asarray(pending, np.float16))
         pending = encode(vae, images)
     tokens.append(np.asarray(pending, np.float16))

@@ -99,7 +99,7 @@ def read(image: np.ndarray) -> Reading:
             found.append(thing)
         else:
             problem = problem or thing
-    if not problem and _largest(foreground & ~explained) >= speck:
+    if not problem and (_components(foreground & ~explained)[1] >= speck).any():
         problem = "a patch of no known colour"
     if not problem and not found:
         problem = "nothing but background"
@@ -132,16 +132,16 @@ def _patches(pixels: np.ndarray, foreground: np.ndarray, speck: float) -> Iterat
         mask = nearest == color
         if mask.sum() < speck:
             continue
-        labels, number = ndimage.label(ndimage.binary_opening(mask, iterations=1))
-        sizes = np.bincount(labels.ravel(), minlength=number + 1)
-        for label in range(1, number + 1):
-            if sizes[label] >= speck:
-                yield color, labels == label
+        labels, sizes = _components(ndimage.binary_opening(mask))
+        for label in np.flatnonzero(sizes >= speck) + 1:
+            yield color, labels == label
 
 
-def _largest(mask: np.ndarray) -> int:
-    labels, number = ndimage.label(mask)
-    return int(np.bincount(labels.ravel())[1:].max()) if number else 0
+def _components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The connected parts of a mask: their numbers from 1 up [h, w] and sizes in pixels [parts]."""
+    labels = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, output=labels)
+    return labels, np.bincount(labels.ravel())[1:]
 
 
 def _unmix(pixels: np.ndarray, background: np.ndarray, patch: np.ndarray, reach: np.ndarray) -> np.ndarray:
@@ -181,7 +181,9 @@ def _recognise(mask: np.ndarray, color: str) -> Found | str:
     for shape in SHAPES:
         size = float(np.sqrt(mask.sum() / _UNIT_AREA[shape])) / side
         guesses.append((_overlap(mask, shape, x, y, size), x, y, size, shape))
-    best, second = sorted((_fit(mask, *guess[4:], *guess[1:4]) for guess in sorted(guesses)[-3:]), reverse=True)[:2]
+    guesses.sort(reverse=True)
+    likely = [guess for i, guess in enumerate(guesses) if i < 2 or guess[0] > guesses[1][0] - 0.1]
+    best, second = sorted((_fit(mask, *guess[4:], *guess[1:4]) for guess in likely), reverse=True)[:2]
     overlap, x, y, size, shape = best
     if overlap < MIN_OVERLAP:
         return f"{color} patch of no known shape (nearest: {shape}, overlap {overlap:.2f})"

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from flux_jax.nano.captions import VOCABULARY, Caption, parse, sample
-from flux_jax.nano.oracle import Found, contradiction, read, score
+from flux_jax.nano.oracle import Found, Verdict, contradiction, read, score
 from flux_jax.nano.world import Object, Scene, render, sample_scene
 
 DEGRADED_PSNR = 32.0
@@ -78,8 +78,11 @@ def half_drawn(rng: np.random.Generator, side: int = 128) -> np.ndarray:
     return np.rint(without + visible * (render(scene, side).astype(np.float64) - without)).astype(np.uint8)
 
 
-def _looks(things: tuple[Found, ...]) -> list[tuple[str, str]]:
-    return sorted((thing.shape, thing.color) for thing in things)
+def _right(verdict: Verdict, scene: Scene) -> bool:
+    read_looks, true_looks = (
+        sorted((thing.shape, thing.color) for thing in things) for things in (verdict.reading.objects, scene.objects)
+    )
+    return verdict.exact and read_looks == true_looks
 
 
 def measure(count: int = 1000, seed: int = 0, side: int = 128) -> dict[str, float | int]:
@@ -89,14 +92,10 @@ def measure(count: int = 1000, seed: int = 0, side: int = 128) -> dict[str, floa
     wrong = wrong_degraded = others = accepted_others = changes = accepted_changes = 0
     for i, (caption, scene) in enumerate(examples):
         image = render(scene, side)
-        for degraded in (False, True):
-            verdict = score(degrade(rng, image) if degraded else image, caption)
-            right = verdict.exact and _looks(verdict.reading.objects) == _looks(truth(scene))
-            if degraded:
-                wrong_degraded += not right
-            else:
-                wrong += not right
-                objects = verdict.reading.objects
+        verdict = score(image, caption)
+        objects = verdict.reading.objects
+        wrong += not _right(verdict, scene)
+        wrong_degraded += not _right(score(degrade(rng, image), caption), scene)
         other = examples[(i + 1) % count][0]
         if contradiction(truth(scene), other):
             others += 1

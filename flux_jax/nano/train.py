@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from flux_jax.config import FluxConfig, nano
+from flux_jax.config import FluxConfig
 from flux_jax.models.attention import rotary
 from flux_jax.models.clip import CLIPText
 from flux_jax.models.t5 import T5Encoder
@@ -107,10 +108,8 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 def noise_levels(key, config: FluxConfig, count: int) -> Float[Array, " count"]:
     """t in (0, 1) for training: logit-normal (arXiv 2403.03206, section 3.1), shifted as the sampler's schedule is."""
-    image_tokens = (config.sampling.height // config.pixels_per_token) * (
-        config.sampling.width // config.pixels_per_token
-    )
-    return jax.nn.sigmoid(shift_mu(config.sampling, image_tokens) + jax.random.normal(key, (count,)))
+    mu = shift_mu(config.sampling, math.prod(config.default_grid))
+    return jax.nn.sigmoid(mu + jax.random.normal(key, (count,)))
 
 
 def flow_loss(networks: Networks, batch, key, rope, config: FluxConfig, recipe: Recipe):
@@ -160,12 +159,8 @@ class Trainer:
         self.mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.graph = nnx.graphdef(nnx.eval_shape(lambda: Networks(config, nnx.Rngs(0))))
-        tokens = config.sampling.height // config.pixels_per_token, config.sampling.width // config.pixels_per_token
-        self.rope = rotary(
-            position_ids(*tokens, config.sampling.max_sequence_length),
-            config.transformer.axes_dim,
-            config.transformer.theta,
-        )
+        ids = position_ids(*config.default_grid, config.sampling.max_sequence_length)
+        self.rope = rotary(ids, config.transformer.axes_dim, config.transformer.theta)
         self.tx = optimizer(recipe)
         params, ema = (jax.tree.map(jnp.copy, initial) for _ in range(2))  # updates donate their buffers
         state = {"params": params, "ema": ema, "optimizer": jax.jit(self.tx.init)(params)}

@@ -116,7 +116,7 @@ def coverage(
     scale = np.float32(1 / (size * side))
     across = (np.arange(low_x, high_x, dtype=np.float32) + np.float32(0.5 - x * side)) * scale
     down = (np.arange(low_y, high_y, dtype=np.float32) + np.float32(0.5 - y * side)) * scale
-    distance = DISTANCES[shape](*np.broadcast_arrays(across[None, :], down[:, None]))
+    distance = DISTANCES[shape](across[None, :], down[:, None])
     alpha = np.clip(np.float32(0.5) - distance * np.float32(size * side / softness), 0, 1)
     return slice(low_y, max(high_y, low_y)), slice(low_x, max(high_x, low_x)), alpha
 
