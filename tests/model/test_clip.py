@@ -25,8 +25,11 @@ def random_ids(config, lengths, total):
     return ids
 
 
+run = jax.jit(lambda model, ids: model(ids))
+
+
 def pooled(model, ids):
-    return np.asarray(jax.jit(lambda m, ids: m(ids))(model, jnp.asarray(ids)))
+    return np.asarray(run(model, jnp.asarray(ids)))
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])

@@ -25,8 +25,11 @@ def random_ids(config, batch, length):
     return ids
 
 
+run = jax.jit(lambda model, ids: model(ids))
+
+
 def encode(model, ids):
-    return np.asarray(jax.jit(lambda m, ids: m(ids))(model, jnp.asarray(ids)))
+    return np.asarray(run(model, jnp.asarray(ids)))
 
 
 def reference_and_ours(t5_config):

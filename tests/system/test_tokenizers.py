@@ -34,7 +34,8 @@ PROMPTS = [
     "",
     "   ",
     " A  RED\tcircle, and two Green squares. ",
-    "Élan naïve 你好 🎈 e\u0301 ﬁ 12345!?",
+    "e\u0301 E\u0301 ﬁ 123!?",
+    "Élan naïve 你好 🎈",
     "don't it's we'll they'd I'm you've they're",
     "new\nline, no-break\u00a0space, zero\u200bwidth, bell\x07",
     "</s> <pad> <unk> <|endoftext|> x <|startoftext|> <|ENDOFTEXT|> <|STARTOFTEXT|> <extra_id_0>",
@@ -184,7 +185,7 @@ def test_tokenizer_json_is_made_from_sentencepiece(folder, tmp_path):
     source = tmp_path / "tokenizer_2"
     source.mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*VOCABULARY, *PROMPTS[:7]] * 20), model_prefix=str(source / "spiece"), vocab_size=100,
+        sentence_iterator=iter([*VOCABULARY, *PROMPTS[:8]] * 20), model_prefix=str(source / "spiece"), vocab_size=100,
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2, num_threads=1,
     )  # fmt: skip
     shutil.copytree(folder / "clip", tmp_path / "out" / "clip")
@@ -234,7 +235,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
         ({"vocab.json": "[1]", "merges.txt": ""}, "must hold a JSON object"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b c\n"}, "holds a broken CLIP tokenizer"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "x y\n"}, "holds a broken CLIP tokenizer"),
-        ({"spiece.model": "nonsense"}, "spiece.model cannot be read"),
+        ({"spiece.model": "nonsense"}, r"spiece\.model"),
     ],
 )
 def test_broken_source_folders_are_one_clear_error(tmp_path, files, message):
