@@ -31,7 +31,7 @@ class Conditions(NamedTuple):
     pooled: Float[Array, "k p"]
     guidance: Float[Array, ""]
     true_cfg: Float[Array, ""]
-    rope: Float[Array, "2 t+i h/2"]
+    rope: Float[Array, "2 t+i half"]
 
 
 @jax.jit
@@ -42,7 +42,7 @@ def encode(t5: nnx.Module, clip: nnx.Module, t5_ids: Int[Array, "1 t"], clip_ids
 
 
 @jax.jit
-def modulations(transformer: Transformer, sigmas: Float[Array, " n+1"], conditions: Conditions) -> Modulation:
+def modulations(transformer: Transformer, sigmas: Float[Array, " levels"], conditions: Conditions) -> Modulation:
     """The modulation of all steps, leaves [n, ...]: it depends on (t, guidance, pooled text), never on the picture."""
     n, k = sigmas.shape[0] - 1, conditions.pooled.shape[0]
     guidance = jnp.full((n * k,), conditions.guidance)
@@ -68,7 +68,7 @@ def _step(transformer, latents, sigmas, conditions: Conditions, modulation: Modu
 def step(
     transformer: Transformer,
     latents: Float[Array, "i c"],
-    sigmas: Float[Array, " n+1"],
+    sigmas: Float[Array, " levels"],
     conditions: Conditions,
     modulation: Modulation,
     i: Int[Array, ""],
@@ -79,8 +79,8 @@ def step(
 
 @functools.partial(jax.jit, donate_argnames="latents")
 def denoise(
-    transformer: Transformer, latents: Float[Array, "i c"], sigmas: Float[Array, " n+1"], conditions: Conditions
-) -> tuple[Float[Array, "i c"], Bool[Array, " n"]]:
+    transformer: Transformer, latents: Float[Array, "i c"], sigmas: Float[Array, " levels"], conditions: Conditions
+) -> tuple[Float[Array, "i c"], Bool[Array, " levels-1"]]:
     """All steps in one program: noise (float32) -> latents, and for each step whether all was finite behind it."""
     modulation = modulations(transformer, sigmas, conditions)
 

@@ -39,7 +39,7 @@ def aspect_size(text: str, area: int, multiple: int) -> tuple[int, int]:
     return _nearest(math.sqrt(area * ratio), multiple), _nearest(math.sqrt(area / ratio), multiple)
 
 
-def _nearest(edge: float, multiple: int) -> int:
+def _nearest(edge: int | float, multiple: int) -> int:
     return max(1, math.floor(edge / multiple + 0.5)) * multiple
 
 
@@ -83,7 +83,7 @@ def check_seeds(seeds: list[int]) -> list[int]:
 
 
 def check_numbers(
-    config: FluxConfig, *, steps: int, guidance: float, true_cfg: float, max_sequence_length: int
+    config: FluxConfig, *, steps: int, guidance: int | float, true_cfg: int | float, max_sequence_length: int
 ) -> None:
     """Raises UserError unless each number is one that the model can use."""
     if not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ class FluxPipeline:
     @classmethod
     def from_pretrained(
         cls, path_or_alias: str | Path = DEFAULT_MODEL, dtype: Any = "auto", mesh: Mesh | None = None
-    ) -> Self:
+    ) -> "FluxPipeline":
         """A checkpoint's folder, or an alias of `flux_jax.checkpoint`. dtype: of weights and activations; "auto" is
         bfloat16 on a GPU and float32 on a CPU, where it is both faster and exact. mesh: the weights are replicated
         over it. Raises UserError for what is no readable checkpoint."""
@@ -98,16 +98,16 @@ class FluxPipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: int | float | None = None,
         num_images_per_prompt: int = 1,
         seed: int | None = None,
         latents: Any = None,
         prompt_embeds: Any = None,
         pooled_prompt_embeds: Any = None,
         negative_prompt: str | Sequence[str] | None = None,
-        true_cfg_scale: float = 1.0,
+        true_cfg_scale: int | float = 1.0,
         max_sequence_length: int | None = None,
-        output_type: Literal["pil", "np", "latent"] = "pil",
+        output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
     ) -> Output:
         """Draws `num_images_per_prompt` pictures of each prompt; what is None is the model's own default.
@@ -263,11 +263,11 @@ class FluxPipeline:
 
     def _rope(self, rows: int, columns: int, text_tokens: int) -> jax.Array:
         transformer = self.config.transformer
-        return _rope(rows, columns, text_tokens, transformer.axes_dim, transformer.theta)
+        return _rope(rows, columns, text_tokens, transformer.axes_dim, float(transformer.theta))
 
 
 @functools.lru_cache(maxsize=4)
-def _rope(rows: int, columns: int, text_tokens: int, axes_dim: tuple[int, ...], theta: int) -> jax.Array:
+def _rope(rows: int, columns: int, text_tokens: int, axes_dim: tuple[int, ...], theta: float) -> jax.Array:
     return jnp.asarray(rotary(sampling.position_ids(rows, columns, text_tokens), axes_dim, theta))
 
 

@@ -11,6 +11,7 @@ from flux_jax import parts
 from flux_jax.config import CLIPConfig, FluxConfig, SamplingConfig, T5Config, TransformerConfig, VAEConfig
 from flux_jax.nano import vocabulary
 
+PARTS = tuple(parts.PARTS)
 WORDS = "a red blue green circle square triangle to the left of right and two three photo"
 
 

@@ -42,7 +42,8 @@ def attention(
     cuDNN's fused kernel runs where it can (a GPU and 16-bit types: no logits in memory), XLA's elsewhere.
     """
     fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
-    out = jax.nn.dot_product_attention(
-        rotate(q, rope), rotate(k, rope), v, implementation="cudnn" if fused else "xla"
-    )
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own code promotes inside, also where ours may not
+        out = jax.nn.dot_product_attention(
+            rotate(q, rope), rotate(k, rope), v, implementation="cudnn" if fused else "xla"
+        )
     return out.reshape(*out.shape[:2], -1)

@@ -64,7 +64,7 @@ class DoubleBlock(nnx.Module):
         txt: Float[Array, "b t d"],
         img_mod: Float[Array, "b 6*d"],
         txt_mod: Float[Array, "b 6*d"],
-        rope: Float[Array, "2 t+i h/2"],
+        rope: Float[Array, "2 t+i half"],
     ) -> tuple[Float[Array, "b i d"], Float[Array, "b t d"]]:
         streams = ((self.txt, txt, jnp.split(txt_mod, 6, -1)), (self.img, img, jnp.split(img_mod, 6, -1)))
         projected = [stream.project(x, mod[0], mod[1]) for stream, x, mod in streams]
@@ -90,7 +90,7 @@ class SingleBlock(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "b t d"], mod: Float[Array, "b 3*d"], rope: Float[Array, "2 t h/2"]
+        self, x: Float[Array, "b t d"], mod: Float[Array, "b 3*d"], rope: Float[Array, "2 t half"]
     ) -> Float[Array, "b t d"]:
         shift, scale, gate = jnp.split(mod, 3, -1)
         qkv, mlp = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * x.shape[-1]], axis=-1)

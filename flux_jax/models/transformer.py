@@ -103,7 +103,7 @@ class Transformer(nnx.Module):
         img: Float[Array, "b i c"],
         txt: Float[Array, "b t k"],
         modulation: Modulation,
-        rope: Float[Array, "2 t+i h/2"],
+        rope: Float[Array, "2 t+i half"],
     ) -> Float[Array, "b i c"]:
         img, txt = self.img_in(img), self.txt_in(txt)
 
