@@ -38,7 +38,8 @@ class TransformerConfig:
     def __post_init__(self):
         if self.hidden_size % self.num_heads or sum(self.axes_dim) != self.head_dim:
             raise ValueError(
-                f"hidden_size {self.hidden_size} over num_heads {self.num_heads} must equal the sum of axes_dim {self.axes_dim}"
+                f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must equal sum(axes_dim), "
+                f"axes_dim = {self.axes_dim}"
             )
 
 
@@ -118,6 +119,11 @@ class FluxConfig:
     sampling: SamplingConfig = SamplingConfig()
 
     @property
+    def default_grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens at the default size."""
+        return self.sampling.height // self.pixels_per_token, self.sampling.width // self.pixels_per_token
+
+    @property
     def pixels_per_token(self) -> int:
         """Edge of the square of pixels behind one image token; heights and widths are multiples of it."""
         return 2 * self.vae.factor
@@ -175,7 +181,7 @@ def schnell() -> FluxConfig:
 
 
 def nano() -> FluxConfig:
-    """FLUX-nano: every part of FLUX.1-dev, small enough to train and run on two CPU cores; 64 tokens of 16 x 16 pixels."""
+    """FLUX-nano: every part of FLUX.1-dev, small enough for two CPU cores; 64 tokens of 16 x 16 pixels."""
     return FluxConfig(
         name="FLUX-nano",
         transformer=TransformerConfig(
@@ -192,8 +198,16 @@ def nano() -> FluxConfig:
         clip=CLIPConfig(
             vocab_size=512, hidden_size=64, mlp_dim=256, num_heads=2, num_layers=2, max_positions=16, eos_token_id=2
         ),
-        vae=VAEConfig(channels=(16, 16, 32, 64), layers_per_block=1, norm_groups=8, scaling_factor=1.0, shift_factor=0.0),
+        vae=VAEConfig(
+            channels=(16, 16, 32, 64), layers_per_block=1, norm_groups=8, scaling_factor=1.0, shift_factor=0.0
+        ),
         sampling=SamplingConfig(
-            base_seq_len=64, max_seq_len=256, base_shift=0.5, max_shift=1.15, max_sequence_length=16, height=128, width=128
+            base_seq_len=64,
+            max_seq_len=256,
+            base_shift=0.5,
+            max_shift=1.15,
+            max_sequence_length=16,
+            height=128,
+            width=128,
         ),
     )

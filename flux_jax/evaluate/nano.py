@@ -1,0 +1,127 @@
+"""FLUX-nano's score: GenEval's six tags, judged by the oracle that knows the renderer.
+
+In: a checkpoint and the 553 held-out captions. Out: `OUT/<tag>/<index>.png`, `OUT/verdicts.jsonl` (per caption: the
+verdict, the reason, what the oracle read) and a summary with 95 % intervals, also in `OUT/summary.json`. Picture i has
+seed `seed + i`, whatever else is drawn; pictures that are there already are judged, not made again.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from flux_jax import images
+from flux_jax.nano.captions import EVALUATION, Caption, evaluation_captions
+from flux_jax.nano.oracle import Verdict, score
+from flux_jax.pipeline import FluxPipeline
+
+Z95 = 1.959964  # of the standard normal distribution: 2.5 % lie above
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One picture of the evaluation."""
+
+    index: int
+    caption: Caption
+    seed: int
+
+    def path(self, out: Path) -> Path:
+        return out / self.caption.tag / f"{self.index:03d}.png"
+
+
+def tasks(seed: int = 0, every: int = 1) -> list[Task]:
+    """The 553 pictures, or each `every`-th of every tag (the same ones always)."""
+    return [Task(i, caption, seed + i) for i, caption in enumerate(evaluation_captions())][::every]
+
+
+def evaluate(pipe: FluxPipeline, out: Path, *, seed: int = 0, every: int = 1, **sampling: Any) -> dict[str, Any]:
+    """Draw what is missing, judge everything, write the files named above; returns the summary.
+
+    sampling: arguments of `FluxPipeline.__call__`, such as num_inference_steps and guidance_scale.
+    """
+    planned, seconds = tasks(seed, every), {"draw": 0.0, "judge": 0.0}
+    rows = []
+    for task in tqdm(planned, desc="evaluate", mininterval=2):
+        start, path = time.perf_counter(), task.path(out)
+        if not path.exists():
+            picture = pipe(task.caption.text, seed=task.seed, **sampling).images[0]
+            record = {"prompt": task.caption.text, "seed": task.seed, **sampling}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            images.write_png(path, picture, record)
+        drawn = time.perf_counter()
+        verdict = score(np.asarray(Image.open(path).convert("RGB")), task.caption)
+        rows.append(row(task, verdict))
+        seconds["draw"] += drawn - start
+        seconds["judge"] += time.perf_counter() - drawn
+    result = summary(rows) | {
+        "seed": seed,
+        "sampling": sampling,
+        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+    }
+    images.write_whole(out / "verdicts.jsonl", lines(rows), overwrite=True)
+    images.write_whole(out / "summary.json", lines([result]), overwrite=True)
+    return result
+
+
+def row(task: Task, verdict: Verdict) -> dict[str, Any]:
+    """A verdict as a line of `verdicts.jsonl`."""
+    return {
+        "index": task.index,
+        "tag": task.caption.tag,
+        "prompt": task.caption.text,
+        "seed": task.seed,
+        "correct": verdict.correct,
+        "exact": verdict.exact,
+        "reason": verdict.reason,
+        "recognisable": verdict.reading.recognisable,
+        "objects": [dataclasses.asdict(found) for found in verdict.reading.objects],
+    }
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Per tag: the share of correct pictures with its 95 % interval. Overall, as in GenEval: the mean over the tags,
+    with the interval of a mean of independent shares (normal approximation)."""
+    by_tag: dict[str, list[dict]] = {}
+    for entry in rows:
+        by_tag.setdefault(entry["tag"], []).append(entry)
+    tags = {}
+    for tag in EVALUATION:
+        if entries := by_tag.get(tag):
+            right, count = sum(entry["correct"] for entry in entries), len(entries)
+            tags[tag] = {"score": right / count, "interval": wilson(right, count), "count": count}
+    overall = float(np.mean([tag["score"] for tag in tags.values()]))
+    variance = sum(tag["score"] * (1 - tag["score"]) / tag["count"] for tag in tags.values()) / len(tags) ** 2
+    margin = Z95 * math.sqrt(variance)
+    return {
+        "overall": {"score": overall, "interval": [max(0.0, overall - margin), min(1.0, overall + margin)]},
+        "tags": tags,
+        "exact": float(np.mean([entry["exact"] for entries in by_tag.values() for entry in entries])),
+        "recognisable": float(np.mean([entry["recognisable"] for entries in by_tag.values() for entry in entries])),
+    }
+
+
+def wilson(right: int, count: int) -> list[float]:
+    """95 % interval of a share (Wilson, 1927, equation for the score interval)."""
+    share, z2 = right / count, Z95**2 / count
+    middle = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(entry) + "\n" for entry in rows).encode()
+
+
+def table(result: dict[str, Any]) -> str:
+    """The summary for people: a line for each tag."""
+    entries = [("overall", result["overall"]), *result["tags"].items()]
+    rows = [f"{name:<14} {e['score']:.3f}  [{e['interval'][0]:.3f}, {e['interval'][1]:.3f}]" for name, e in entries]
+    return "\n".join(["tag            score  95 % interval", *rows])

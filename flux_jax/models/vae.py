@@ -1,0 +1,202 @@
+"""FLUX's convolutional autoencoder (the paper's KL autoencoder without its two 1 x 1 convolutions).
+
+Pictures float [b, h, w, image_channels] in [-1, 1] <-> latents [b, h / factor, w / factor, latent_channels], with
+factor 2 ** (levels - 1) and h, w multiples of it. Each level is a few residual blocks; between levels the encoder halves
+by a strided convolution and the decoder doubles by repeating pixels; one attention over all positions sits in the middle.
+Architecture: Rombach et al. 2022 (arXiv 2112.10752), appendix; the published weights are `AutoencoderKL` of diffusers.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flux_jax.config import VAEConfig
+from flux_jax.models.linear import Conv, Linear
+
+EPS = 1e-6  # of every group norm; FLUX's files do not store it
+
+
+class GroupNorm(nnx.Module):
+    """Norm over (positions, channels of one group) and an affine map per channel, in float32; returns x's dtype."""
+
+    def __init__(self, channels: int, groups: int, *, dtype=jnp.float32):
+        if channels % groups:
+            raise ValueError(f"{channels} channels cannot be split into {groups} groups of equal size")
+        self.weight = nnx.Param(jnp.ones((channels,), dtype))
+        self.bias = nnx.Param(jnp.zeros((channels,), dtype))
+        self.groups = groups
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        # Positions are summed before channels: the long reduction then runs along contiguous channels.
+        y = x.astype(jnp.float32)
+        y = y - self._group_mean(y)
+        scale = jax.lax.rsqrt(self._group_mean(jnp.square(y)) + EPS) * self._expand(self.weight)
+        return (y * scale + self._expand(self.bias)).astype(x.dtype)
+
+    def _group_mean(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 c"]:
+        b, _, _, c = x.shape
+        mean = x.mean((1, 2)).reshape(b, self.groups, c // self.groups).mean(-1)
+        return jnp.repeat(mean, c // self.groups, axis=-1)[:, None, None]
+
+    def _expand(self, param: nnx.Param) -> Float[Array, "1 1 1 c"]:
+        return param[...].astype(jnp.float32)[None, None, None]
+
+
+class ResnetBlock(nnx.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))); a 1 x 1 convolution carries x where the channels change."""
+
+    def __init__(self, d_in: int, d_out: int, groups: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.norm1 = GroupNorm(d_in, groups, dtype=dtype)
+        self.conv1 = Conv(d_in, d_out, 3, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(d_out, groups, dtype=dtype)
+        self.conv2 = Conv(d_out, d_out, 3, dtype=dtype, rngs=rngs)
+        self.shortcut = None if d_in == d_out else Conv(d_in, d_out, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
+        y = self.conv1(nnx.silu(self.norm1(x)))
+        y = self.conv2(nnx.silu(self.norm2(y)))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Attention(nnx.Module):
+    """x + attention over all h * w positions with a single head as wide as the channels."""
+
+    def __init__(self, channels: int, groups: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.norm = GroupNorm(channels, groups, dtype=dtype)
+        self.q = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.k = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.v = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.out = Linear(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        y = self.norm(x).reshape(b, h * w, c)
+        scores = jnp.einsum("bqc,bkc->bqk", self.q(y), self.k(y), preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * c**-0.5).astype(x.dtype)
+        return x + self.out(jnp.einsum("bqk,bkc->bqc", weights, self.v(y))).reshape(b, h, w, c)
+
+
+class Middle(nnx.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.resnet1 = ResnetBlock(channels, channels, groups, dtype=dtype, rngs=rngs)
+        self.attention = Attention(channels, groups, dtype=dtype, rngs=rngs)
+        self.resnet2 = ResnetBlock(channels, channels, groups, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return self.resnet2(self.attention(self.resnet1(x)))
+
+
+def double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+    """Each pixel repeated 2 x 2."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+class Level(nnx.Module):
+    """The residual blocks of one resolution, d_in to d_out channels, then a 3 x 3 convolution to the next, if any.
+
+    resample: "halve" (stride 2, padded below and to the right only, as in the original), "double" (after repeating each
+    pixel 2 x 2) or None.
+    """
+
+    def __init__(
+        self, d_in: int, d_out: int, layers: int, groups: int, *, resample: str | None, dtype=jnp.float32, rngs: nnx.Rngs
+    ):
+        self.resnets = nnx.List(
+            ResnetBlock(d_in if i == 0 else d_out, d_out, groups, dtype=dtype, rngs=rngs) for i in range(layers)
+        )
+        self.doubles = resample == "double"
+        layout = {"stride": 2, "padding": ((0, 1), (0, 1))} if resample == "halve" else {}
+        self.resample = Conv(d_out, d_out, 3, **layout, dtype=dtype, rngs=rngs) if resample else None
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        for resnet in self.resnets:
+            x = resnet(x)
+        if self.doubles:
+            x = double(x)
+        return x if self.resample is None else self.resample(x)
+
+
+class Encoder(nnx.Module):
+    """Pictures [b, h, w, image_channels] -> [b, h / factor, w / factor, 2 * latent_channels]: mean, then log variance."""
+
+    def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        channels, groups = config.channels, config.norm_groups
+        self.conv_in = Conv(config.image_channels, channels[0], 3, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            Level(d_in, d_out, config.layers_per_block, groups, resample=resample, dtype=dtype, rngs=rngs)
+            for d_in, d_out, resample in _levels(channels, "halve")
+        )
+        self.mid = Middle(channels[-1], groups, dtype=dtype, rngs=rngs)
+        self.norm_out = GroupNorm(channels[-1], groups, dtype=dtype)
+        self.conv_out = Conv(channels[-1], 2 * config.latent_channels, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        x = self.conv_in(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents [b, h, w, latent_channels] -> pictures [b, h * factor, w * factor, image_channels]; deepest level first."""
+
+    def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        channels, groups = config.channels[::-1], config.norm_groups
+        self.conv_in = Conv(config.latent_channels, channels[0], 3, dtype=dtype, rngs=rngs)
+        self.mid = Middle(channels[0], groups, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            Level(d_in, d_out, config.layers_per_block + 1, groups, resample=resample, dtype=dtype, rngs=rngs)
+            for d_in, d_out, resample in _levels(channels, "double")
+        )
+        self.norm_out = GroupNorm(channels[-1], groups, dtype=dtype)
+        self.conv_out = Conv(channels[-1], config.image_channels, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        x = self.mid(self.conv_in(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.norm_out(x)))
+
+
+def _levels(channels: tuple[int, ...], resample: str) -> list[tuple[int, int, str | None]]:
+    """(channels in, channels out, resample) of each level; the last one keeps its resolution."""
+    return [
+        (channels[max(i - 1, 0)], width, resample if i + 1 < len(channels) else None) for i, width in enumerate(channels)
+    ]
+
+
+class VAE(nnx.Module):
+    """Encoder, decoder and the normalisation of latents. Inputs may be of any float dtype; outputs have the weights'."""
+
+    def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+
+    def moments(self, images: Float[Array, "b h w i"]) -> tuple[Float[Array, "b h2 w2 c"], Float[Array, "b h2 w2 c"]]:
+        """Mean and log variance (clipped to [-30, 20]) of the posterior, before shift and scale; images in [-1, 1].
+
+        Raises ValueError where height or width is no multiple of `config.factor`.
+        """
+        factor = self.config.factor
+        if images.shape[1] % factor or images.shape[2] % factor:
+            raise ValueError(f"height and width must be multiples of {factor}, got {images.shape[1:3]}")
+        x = images.astype(self.encoder.conv_in.weight[...].dtype)
+        mean, log_variance = jnp.split(self.encoder(x), 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def encode(self, images: Float[Array, "b h w i"], key: jax.Array | None = None) -> Float[Array, "b h2 w2 c"]:
+        """Latents (z - shift) * scale of images in [-1, 1]: z is the posterior's mode, or a sample where key is given."""
+        z, log_variance = self.moments(images)
+        if key is not None:
+            z = z + jnp.exp(0.5 * log_variance) * jax.random.normal(key, z.shape, z.dtype)
+        return (z - self.config.shift_factor) * self.config.scaling_factor
+
+    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
+        """Images, nominally in [-1, 1] but not clipped, of normalised latents."""
+        z = latents / self.config.scaling_factor + self.config.shift_factor
+        return self.decoder(z.astype(self.decoder.conv_in.weight[...].dtype))

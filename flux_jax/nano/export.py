@@ -1,0 +1,84 @@
+"""A finished training run becomes the checkpoint that ships: `python -m flux_jax.nano.export --run RUN OUT`.
+
+In: `RUN/vae`, `RUN/flow` and, where it was trained, `RUN/guidance` (the averaged weights of the last phase that there
+is). Out: a bf16 checkpoint with tokenizers, the phases' metrics and curves, a card, and SHA256SUMS of every file.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flux_jax import checkpoint
+from flux_jax.config import FluxConfig, nano
+from flux_jax.errors import UserError
+from flux_jax.models.vae import VAE
+from flux_jax.nano import vocabulary
+from flux_jax.nano.captions import VOCABULARY
+from flux_jax.tokenizers import Tokenizers
+
+LICENCE = "Apache-2.0"
+
+
+def load_vae(folder: Path) -> tuple[FluxConfig, VAE]:
+    """The trained autoencoder (float32), and nano's config with the shift and scale that give its latents mean 0 and
+    standard deviation 1. UserError without a finished VAE in `folder`."""
+    if not (folder / "vae.npz").exists():
+        raise UserError(f"{folder} has no finished VAE: run python -m flux_jax.nano.train_vae --out {folder}")
+    about = json.loads((folder / "vae.json").read_text())
+    config = nano()
+    scale = {"scaling_factor": round(1 / about["latent_std"], 4), "shift_factor": round(about["latent_mean"], 4)}
+    config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, **scale))
+    module = nnx.eval_shape(lambda: VAE(config.vae, rngs=nnx.Rngs(0)))
+    with np.load(folder / "vae.npz") as arrays:
+        state = nnx.state(module)
+        filled = [
+            (path, variable.replace(jnp.asarray(arrays[".".join(map(str, path))])))
+            for path, variable in nnx.to_flat_state(state)
+        ]
+    return config, nnx.merge(nnx.graphdef(module), nnx.from_flat_state(filled))
+
+
+def tokenizers(run: Path, config: FluxConfig) -> Tokenizers:
+    """Nano's tokenizers, built in `RUN/tokenizers` from the grammar's words."""
+    folder = run / "tokenizers"
+    vocabulary.build(folder, VOCABULARY, config)
+    return Tokenizers.load(folder, config)
+
+
+def export(run: Path, out: Path, card: str, overwrite: bool = False) -> None:
+    """Write the checkpoint; see the module's docstring."""
+    from flux_jax.nano.train import Recipe, Trainer, initial_params
+
+    config, vae = load_vae(run / "vae")
+    tokenizers(run, config)
+    phase = "guidance" if (run / "guidance").exists() else "flow"
+    trainer = Trainer(run / phase, config, Recipe(), initial_params(config, 0))
+    networks = nnx.merge(trainer.graph, trainer.state["ema"])
+    parts = {"transformer": networks.transformer, "t5": networks.t5, "clip": networks.clip, "vae": vae}
+    parts = {name: jax.tree.map(lambda x: x.astype(jnp.bfloat16), module) for name, module in parts.items()}
+    checkpoint.save(
+        out,
+        config,
+        parts,
+        tokenizers=run / "tokenizers",
+        overwrite=overwrite,
+        source={"from": f"flux_jax.nano.train, phase {phase}, step {trainer.step}"},
+        licence=LICENCE,
+    )
+    for name in ("vae", "flow", "guidance"):
+        for file in ("metrics.jsonl", "curve.png", "vae.json", "recipe.json"):
+            if (run / name / file).exists():
+                (out / "training" / name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(run / name / file, out / "training" / name / file)
+    (out / "README.md").write_text(card)
+    sums = {
+        p.relative_to(out): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.rglob("*")) if p.is_file()
+    }
+    (out / "SHA256SUMS").write_text("".join(f"{digest}  {path}\n" for path, digest in sums.items()))
