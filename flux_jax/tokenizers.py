@@ -117,7 +117,7 @@ def clip_tokenizer(
     tokenizer.add_special_tokens(
         [AddedToken(token, normalized=bool(normalized and normalized.get(token))) for token in (START, END)]
     )
-    end, start = ((token, tokenizer.token_to_id(token)) for token in (END, START))
+    end, start = (END, vocab[END]), (START, vocab[START])
     tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     return tokenizer
 
@@ -166,17 +166,18 @@ def ensure_tokenizer_json(source: str | Path, out: str | Path) -> None:
 
 
 def _clip_from_files(folder: Path) -> Tokenizer:
-    normalized = {}
+    normalized: dict[str, bool] = {}
     config = _json(folder / "tokenizer_config.json")
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):  # of one token's roles the last rules
         token = config.get(key)
         if isinstance(token, dict):
-            normalized[token.get("content")] = bool(token.get("normalized"))
+            normalized[str(token.get("content"))] = bool(token.get("normalized"))
         elif token is not None:
             normalized[token] = False
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     try:
+        pairs = (line.split() for line in lines if line and not line.startswith("#version"))
+        merges = [(left, right) for left, right in pairs]
         return clip_tokenizer(_json(folder / "vocab.json"), merges, normalized)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{folder} holds a broken CLIP tokenizer ({error}): download it again.") from error
