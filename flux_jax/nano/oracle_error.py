@@ -66,11 +66,14 @@ def blend(rng: np.random.Generator, side: int = 128) -> np.ndarray:
 
 
 def half_drawn(rng: np.random.Generator, side: int = 128) -> np.ndarray:
-    """A scene of which one object is cut off along a line near its centre, at any angle, sharply or fading."""
+    """A scene of which one object is cut off along a line near its centre, at any angle, sharply or fading. Not cut
+    are triangles along an edge (within 30 degrees) if the corner would stay: it is a triangle again."""
     scene = sample_scene(rng)
     thing: Object = scene.objects[-1]
     without = render(Scene(scene.objects[:-1], scene.background, scene.tint), side).astype(np.float64)
     angle, softness = rng.uniform(0, 2 * np.pi), rng.uniform(0.01, thing.size)
+    if thing.shape == "triangle":
+        angle = np.pi / 2 + rng.integers(3) * 2 * np.pi / 3 + rng.uniform(-np.pi / 6, np.pi / 6)
     at = (np.arange(side) + 0.5) / side
     across, down = at[None, :] - thing.x, at[:, None] - thing.y
     along = np.cos(angle) * across + np.sin(angle) * down - rng.uniform(-0.1, 0.1) * thing.size
