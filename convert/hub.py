@@ -13,7 +13,7 @@ from convert.configs import FOLDERS
 from convert.sources import LICENCE_FILES, TOKENIZER_FOLDERS
 from flux_jax.errors import UserError
 
-NAME = re.compile(r"[\w.-]+/[\w.-]+")
+NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SMALL = ("model_index.json", "scheduler/scheduler_config.json", *LICENCE_FILES)
 
 

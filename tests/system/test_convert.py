@@ -1,0 +1,448 @@
+"""`python -m convert`: folders and files to checkpoints and back; bad input is one report and leaves nothing behind."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import huggingface_hub
+import ml_dtypes
+import numpy as np
+import published
+import pytest
+import tiny_model
+from huggingface_hub import errors
+from safetensors.numpy import load_file, save_file
+
+from convert import hub, run
+from convert.__main__ import main
+from flux_jax import checkpoint
+from flux_jax.checkpoint import Checkpoint
+
+BF16 = ml_dtypes.bfloat16
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+CONFIG = dataclasses.replace(  # a tiny model that diffusers' classes can express
+    tiny_model.config(), transformer=dataclasses.replace(tiny_model.config().transformer, timestep_dim=256)
+)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A float32 checkpoint of random weights."""
+    return tiny_model.save(tmp_path_factory.mktemp("original") / "tiny", CONFIG)
+
+
+@pytest.fixture(scope="module")
+def pristine(original, tmp_path_factory):
+    """The same as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("published") / "folder"
+    assert main(["--to", "diffusers", str(original), str(folder), "-q"]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(pristine, tmp_path / "source")
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """Runs the converter into tmp_path/out: exit code, stdout, stderr; what failed has left nothing."""
+
+    def call(*arguments):
+        code = main([*map(str, arguments), "-q"])
+        done = capsys.readouterr()
+        if code:
+            assert not (tmp_path / "out").exists()
+            assert not list(tmp_path.glob("*.partial"))
+            assert "Traceback" not in done.err
+        return code, done.out.strip(), done.err
+
+    return call
+
+
+def weights(path, part="transformer"):
+    opened = Checkpoint.open(path)
+    return opened.read(part, opened.table(part))
+
+
+def change(path, edit):
+    """Rewrites a safetensors file after `edit(tensors)`."""
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def test_there_and_back_is_the_same_checkpoint(original, pristine, command, tmp_path):
+    assert command(pristine, tmp_path / "out", "--dtype", "float32") == (0, str(tmp_path / "out"), "")
+    one, other = Checkpoint.open(original), Checkpoint.open(tmp_path / "out")
+    assert one.config == other.config  # the name and the defaults of sampling too, which diffusers has no place for
+    for part in one.parts:
+        assert one.table(part) == other.table(part)
+        a, b = weights(original, part), weights(tmp_path / "out", part)
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+    for tokenizer in ("t5", "clip"):
+        file = f"{tokenizer}/tokenizer.json"
+        assert (one.tokenizers / file).read_bytes() == (other.tokenizers / file).read_bytes()
+    hashes = other.manifest["source"]["sha256"]
+    others = ("vae/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model")
+    assert hashes.keys() == {TRANSFORMER, *(f"{name}.safetensors" for name in others)}
+    checked = subprocess.run(["sha256sum", pristine / TRANSFORMER], capture_output=True, text=True, check=True)
+    assert checked.stdout.split()[0] == hashes[TRANSFORMER]
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, BF16])
+def test_source_precisions(folder, command, tmp_path, stored):
+    def store(tensors):
+        tensors |= {name: value.astype(stored) for name, value in tensors.items()}
+
+    change(folder / TRANSFORMER, store)
+    assert command(folder, tmp_path / "out", "--parts", "transformer")[0] == 0
+    tensors = load_file(folder / TRANSFORMER)
+    converted = weights(tmp_path / "out")
+    assert {value.dtype for value in converted.values()} == {np.dtype(BF16)}
+    assert np.array_equal(converted["img_in.weight"], tensors["x_embedder.weight"].astype(BF16))
+
+
+def test_shards(folder, command, tmp_path):
+    tensors = load_file(folder / TRANSFORMER)
+    (folder / TRANSFORMER).unlink()
+    published.write_shards(folder / "transformer", tensors, 4)
+    assert command(folder, tmp_path / "out", "--dtype", "float32", "--parts", "transformer")[0] == 0
+    assert np.array_equal(weights(tmp_path / "out")["txt_in.weight"], tensors["context_embedder.weight"])
+
+
+def bfl_files(folder, tmp_path):
+    """BFL's layout of a folder's transformer and autoencoder, and the options that name the rest."""
+    single = published.bfl_transformer(load_file(folder / TRANSFORMER), CONFIG.transformer)
+    vae = published.bfl_vae(load_file(folder / "vae" / "diffusion_pytorch_model.safetensors"), CONFIG.vae)
+    source = published.write(tmp_path / "bfl" / "flux1.safetensors", single)
+    options = ["--vae", published.write(tmp_path / "bfl" / "ae.safetensors", vae), "--tokenizers", folder]
+    options += ["--t5", folder / "text_encoder_2", "--clip", folder / "text_encoder" / "model.safetensors"]
+    return source, options
+
+
+def test_single_file_gives_the_same_as_the_folder(folder, command, tmp_path):
+    source, options = bfl_files(folder, tmp_path)
+    config = published.config_file(tmp_path / "config.json", CONFIG)
+    assert command(source, tmp_path / "out", *options, "--config", config)[0] == 0
+    assert command(folder, tmp_path / "again")[0] == 0
+    for part in ("transformer", "t5", "clip", "vae"):
+        a, b = weights(tmp_path / "out", part), weights(tmp_path / "again", part)
+        assert list(a) == list(b)
+        assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+    assert Checkpoint.open(tmp_path / "out").config == Checkpoint.open(tmp_path / "again").config
+
+
+def test_single_file_of_an_unknown_width_asks_for_its_numbers(folder, command, tmp_path):
+    source, options = bfl_files(folder, tmp_path)
+    code, _, err = command(source, tmp_path / "out", *options)
+    assert code == 2
+    assert "--config" in err
+    code, _, err = command(source, tmp_path / "out", "--vae", folder / "vae")
+    assert code == 2
+    assert "--t5 PATH --clip PATH" in err
+
+
+def test_out_exists(folder, command, tmp_path):
+    assert command(folder, tmp_path / "there", "--parts", "clip")[0] == 0
+    before = (tmp_path / "there" / "flux_jax.json").read_bytes()
+    code, _, err = command(folder, tmp_path / "there")
+    assert code == 2
+    assert "exists already" in err
+    assert (tmp_path / "there" / "flux_jax.json").read_bytes() == before
+    assert command(folder, tmp_path / "there", "--parts", "vae", "--overwrite")[0] == 0
+    assert Checkpoint.open(tmp_path / "there").parts == ("vae",)
+
+
+def test_missing_shard(folder, command, tmp_path):
+    tensors = load_file(folder / TRANSFORMER)
+    (folder / TRANSFORMER).unlink()
+    published.write_shards(folder / "transformer", tensors, 3)
+    (folder / "transformer" / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    code, _, err = command(folder, tmp_path / "out")
+    assert code == 2
+    assert "diffusion_pytorch_model-00002-of-00003.safetensors: missing shard" in err
+    assert "1 fault\n" in err  # and not one for each of its tensors
+
+
+def test_truncated_file(folder, command, tmp_path):
+    file = folder / TRANSFORMER
+    whole = file.read_bytes()
+    for length in (len(whole) - 1, 2000, 4):
+        file.write_bytes(whole[:length])
+        code, _, err = command(folder, tmp_path / "out")
+        assert code == 2
+        assert "truncated" in err or "not a safetensors file" in err
+        assert str(file) in err
+
+
+def test_a_file_that_ends_early_while_it_is_read(folder, command, tmp_path, monkeypatch):
+    """It was whole when its header was checked."""
+    make_plan = run.make_plan
+
+    def plan_then_lose(part, config, source):
+        plan = make_plan(part, config, source)
+        os.truncate(source.files[0], source.files[0].stat().st_size - 8)
+        return plan
+
+    monkeypatch.setattr(run, "make_plan", plan_then_lose)
+    code, _, err = command(folder, tmp_path / "out")
+    assert code == 2
+    assert "ends inside tensor" in err
+
+
+def test_one_report_of_wrong_shapes_dtypes_missing_and_unknown_names(folder, command, tmp_path):
+    def damage(tensors):
+        tensors["proj_out.weight"] = np.zeros((3, 3), np.float32)
+        tensors["extra.weight"] = tensors.pop("x_embedder.weight")
+        tensors["x_embedder.bias"] = np.zeros(32, np.int64)
+
+    change(folder / TRANSFORMER, damage)
+    change(folder / "text_encoder" / "model.safetensors", lambda t: t.pop("text_model.final_layer_norm.bias"))
+    code, _, err = command(folder, tmp_path / "out")
+    assert code == 2
+    assert "5 faults" in err
+    for words in (
+        "transformer: wrong shape: proj_out.weight is [3, 3], must be [64, 32]",
+        "transformer: missing: x_embedder.weight",
+        "transformer: unknown: extra.weight",
+        "transformer: wrong dtype: x_embedder.bias is I64",
+        "clip: missing: final_layer_norm.bias",
+    ):
+        assert words in err
+
+
+def test_float8_weights(folder, command, tmp_path):
+    """safetensors of every numpy release does not write float8, so its header is edited."""
+    file = folder / TRANSFORMER
+    blob = file.read_bytes()
+    length = int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8 : 8 + length])
+    entry = header["context_embedder.weight"]
+    entry["dtype"], entry["shape"] = "F8_E4M3", [entry["shape"][0], 4 * entry["shape"][1]]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + blob[8 + length :])
+    code, _, err = command(folder, tmp_path / "out")
+    assert code == 2
+    assert "wrong dtype: context_embedder.weight is F8_E4M3, must be one of F64, F32, F16, BF16" in err
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_nan_is_named_in_a_warning(folder, command, tmp_path, value, dtype):
+    def spoil(tensors):
+        tensors["transformer_blocks.0.attn.to_k.weight"][3, 5] = value
+
+    change(folder / TRANSFORMER, spoil)
+    code, _, err = command(folder, tmp_path / "out", "--parts", "transformer", "--dtype", dtype)
+    assert code == 0
+    assert err.count("warning") == 1
+    assert "NaN or infinity in double_blocks.0.img.qkv.weight" in err
+    assert "transformer_blocks.0.attn.to_k.weight" in err
+
+
+def test_no_room_on_the_disk(folder, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    code, _, err = command(folder, tmp_path / "out")
+    assert code == 2
+    assert "too full" in err
+
+
+def test_the_disk_runs_full_on_the_way(folder, command, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "sync_tree", full)  # the last thing before the checkpoint gets its name
+    code, _, err = command(folder, tmp_path / "out")
+    assert code == 2
+    assert "full" in err
+    assert "nothing was left behind" in err
+
+
+def test_interrupted(folder, command, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "finite", stop)
+    code, _, err = command(folder, tmp_path / "out")
+    assert code == 130
+    assert "interrupted" in err
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "words"),
+    [
+        ("transformer", "patch_size", 2, "patch_size is 2, must be 1"),
+        ("transformer", "axes_dims_rope", [4, 4, 4], "must equal sum(axes_dim)"),
+        ("text_encoder_2", "dense_act_fn", "relu", "dense_act_fn is 'relu'"),
+        ("text_encoder", "hidden_act", "relu", "hidden_act is 'relu'"),
+        ("text_encoder", "num_hidden_layers", "two", "num_layers"),
+        ("vae", "use_quant_conv", True, "use_quant_conv is True"),
+    ],
+)
+def test_configs_that_we_do_not_implement(folder, command, tmp_path, file, key, value, words):
+    path = folder / file / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    code, _, err = command(folder, tmp_path / "out")
+    assert code == 2
+    assert words in err
+    assert str(path) in err
+
+
+def test_sources_that_are_none(folder, original, command, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for source, code, words in (
+        ("./nowhere", 3, "no such file or folder"),
+        (tmp_path / "empty", 2, "no diffusers folder"),
+        (tmp_path / "model.gguf", 2, "no .safetensors file"),
+        (original, 2, "a checkpoint of flux_jax already"),
+    ):
+        got, _, err = command(source, tmp_path / "out")
+        assert (got, words in err) == (code, True), err
+    shutil.rmtree(folder / "vae")
+    assert "vae" in command(folder, tmp_path / "out")[2]
+    assert "--parts knows" in command(folder, tmp_path / "out", "--parts", "unet")[2]
+
+
+def test_pickled_weights_are_not_read(folder, command, tmp_path):
+    (folder / TRANSFORMER).rename(folder / "transformer" / "diffusion_pytorch_model.bin")
+    code, _, err = command(folder, tmp_path / "out")
+    assert code == 2
+    assert "pickled" in err
+
+
+def test_tokenizers_of_another_model(folder, command, tmp_path):
+    shutil.rmtree(folder / "tokenizer")
+    assert "no tokenizer folder tokenizer" in command(folder, tmp_path / "out")[2]
+    bigger = dataclasses.replace(CONFIG, t5=dataclasses.replace(CONFIG.t5, vocab_size=100_000))
+    tiny_model.tokenizers(tmp_path / "words", bigger)
+    path = tmp_path / "words" / "t5" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"] += [[f"word{i}", -5.0] for i in range(CONFIG.t5.vocab_size)]
+    path.write_text(json.dumps(data))
+    code, _, err = command(folder, tmp_path / "out", "--tokenizers", tmp_path / "words")
+    assert code == 2
+    assert "160 tokens" in err
+
+
+def test_the_command_itself(folder, tmp_path):
+    """As a process: paths on stdout, the progress bar on stderr, exit codes."""
+    call = [sys.executable, "-m", "convert", folder, tmp_path / "out"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
+    assert "transformer" in done.stderr
+    assert "MB/s" in done.stderr or "kB/s" in done.stderr or "B/s" in done.stderr
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+
+
+FILES = {
+    "model_index.json": 1000,
+    "README.md": 10,
+    "LICENSE.md": 10,
+    "flux1-dev.safetensors": 23_800_000_000,
+    "ae.safetensors": 335_000_000,
+    "scheduler/scheduler_config.json": 100,
+    "text_encoder/config.json": 100,
+    "text_encoder/model.safetensors": 246_000_000,
+    "text_encoder_2/config.json": 100,
+    "text_encoder_2/model-00001-of-00002.safetensors": 5_000_000_000,
+    "text_encoder_2/model-00002-of-00002.safetensors": 4_500_000_000,
+    "text_encoder_2/model.safetensors.index.json": 20_000,
+    "tokenizer/merges.txt": 500_000,
+    "tokenizer/vocab.json": 1_000_000,
+    "tokenizer_2/spiece.model": 800_000,
+    "tokenizer_2/tokenizer.json": 2_000_000,
+    "transformer/config.json": 100,
+    "transformer/diffusion_pytorch_model-00001-of-00001.safetensors": 23_800_000_000,
+    "transformer/diffusion_pytorch_model.fp16.safetensors": 23_800_000_000,
+    "transformer/diffusion_pytorch_model.safetensors.index.json": 120_000,
+    "vae/config.json": 100,
+    "vae/diffusion_pytorch_model.safetensors": 168_000_000,
+}
+
+
+def test_only_what_is_needed_is_fetched():
+    chosen = set(hub.wanted_files(FILES, ("transformer", "t5", "clip", "vae")))
+    left = {
+        "README.md",
+        "flux1-dev.safetensors",
+        "ae.safetensors",
+        "transformer/diffusion_pytorch_model.fp16.safetensors",
+    }
+    assert chosen == FILES.keys() - left
+    assert {name.split("/")[0] for name in hub.wanted_files(FILES, ("vae",))} == {
+        "LICENSE.md", "model_index.json", "scheduler", "vae",
+    }  # fmt: skip
+
+
+def test_a_hub_name(folder, command, tmp_path, monkeypatch):
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in FILES.items()]
+    asked = {}
+
+    def snapshot_download(repo, **options):
+        asked.update(options, repo=repo)
+        return str(folder)
+
+    info = SimpleNamespace(siblings=siblings, sha="abc")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    code, _, err = command("somebody/FLUX", tmp_path / "out")
+    assert code == 0
+    assert "33.7 GB" in err
+    assert (asked["repo"], asked["revision"]) == ("somebody/FLUX", "abc")
+    assert "flux1-dev.safetensors" not in asked["allow_patterns"]
+    assert Checkpoint.open(tmp_path / "out").manifest["source"]["from"] == "somebody/FLUX"
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "words"),
+    [
+        ("GatedRepoError", 401, "accept its licence at https://huggingface.co/black-forest-labs/FLUX.1-dev"),
+        ("GatedRepoError", 403, "hf auth login"),
+        ("RepositoryNotFoundError", 404, "no model"),
+        ("HfHubHTTPError", 403, "accept the licence"),
+        ("HfHubHTTPError", 500, "cannot be fetched"),
+    ],
+)
+def test_weights_that_are_gated_or_missing(command, tmp_path, monkeypatch, kind, status, words):
+    def refuse(*_, **__):
+        response = SimpleNamespace(status_code=status, headers={}, request=None)
+        raise getattr(errors, kind)("a long message\nwith lines", response=response)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=refuse))
+    code, _, err = command("black-forest-labs/FLUX.1-dev", tmp_path / "out")
+    assert code == 3
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_no_network(command, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=refuse))
+    assert command("somebody/FLUX", tmp_path / "out")[0] == 3
+
+
+def test_exporting_what_diffusers_cannot_hold(tmp_path, command):
+    odd = tiny_model.config()
+    checkpoint.save(
+        tmp_path / "odd", odd, tiny_model.modules(odd), tokenizers=tiny_model.tokenizers(tmp_path / "w", odd)
+    )
+    code, _, err = command("--to", "diffusers", tmp_path / "odd", tmp_path / "out")
+    assert code == 2
+    assert "timestep_dim" in err
+    checkpoint.save(tmp_path / "few", CONFIG, {})
+    code, _, err = command("--to", "diffusers", tmp_path / "few", tmp_path / "out")
+    assert code == 2
+    assert "diffusers needs every part" in err
+    assert command("--to", "diffusers", tmp_path / "nothing", tmp_path / "out")[0] == 3
