@@ -142,7 +142,7 @@ def section(part: str, data: Mapping[str, Any], where: str) -> Any:
         if data.get(key, default) not in allowed
         and not (key == "out_channels" and data.get(key) == data.get("in_channels"))
     ]
-    values = {ours: data.get(theirs, default) for ours, (theirs, default) in FIELDS[part].items()}
+    values: dict[str, Any] = {ours: data.get(theirs, default) for ours, (theirs, default) in FIELDS[part].items()}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     if part == "transformer":
         values["hidden_size"] = values["num_heads"] * data.get("attention_head_dim", 128)

@@ -116,7 +116,9 @@ class Hashes:
     """SHA-256 of files, taken by a thread while the converter works on the same files."""
 
     def __init__(self, files: Iterable[Path]):
-        self._files, self._digests, self._error = list(files), {}, None
+        self._files = list(files)
+        self._digests: dict[Path, str] = {}
+        self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 

@@ -99,7 +99,7 @@ def _given(path: Path) -> FluxConfig:
 
 def _config(source: Path, index: Mapping[str, Any], paths: Mapping[str, Path]) -> FluxConfig:
     """Every part's section from the config beside its weights; parts without one, or left out, as in FLUX.1."""
-    sections = {}
+    sections: dict[str, Any] = {}
     for part, path in paths.items():
         file = (path if path.is_dir() else path.parent) / "config.json"
         if part == "transformer" and path.is_file():

@@ -256,7 +256,7 @@ class Writer:
         a licence text.
         """
         self._end_part()
-        if tokenizers not in (None, self.working / TOKENIZERS):
+        if tokenizers is not None and tokenizers != self.working / TOKENIZERS:
             shutil.copytree(tokenizers, self.working / TOKENIZERS)
         for name, content in (files or {}).items():
             (self.working / name).write_bytes(content)

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; every foreseeable failure is one sentence on stderr."""
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: say(str(message))
+            warnings.showwarning = lambda message, *_, **__: say(str(message))
             run(cli.parse(sys.argv[1:] if argv is None else argv, f"flux_jax {version()}"))
         return 0
     except UserError as error:
@@ -65,15 +65,17 @@ def run(args: argparse.Namespace) -> None:
         list_models()
         return
     record = images.read_record(args.from_metadata) if args.from_metadata else None
-    name = args.model or (record and record["model"].get("id")) or DEFAULT_MODEL
+    recorded = record or {"model": {}}
+    name = args.model or recorded["model"].get("id") or DEFAULT_MODEL
     stored = Checkpoint.open(name)
     sha256 = hashlib.sha256((stored.directory / MANIFEST).read_bytes()).hexdigest()
     model = {"id": name, "name": stored.config.name, "sha256": sha256}
     if record and record["model"].get("sha256") != sha256:
         say(f"{args.from_metadata} was made with another checkpoint than {name}: the picture will differ.")
-    dtype = cli.DTYPES.get(args.dtype or (record and record["dtype"]) or "auto")
+    precision = args.dtype or recorded.get("dtype") or "auto"
+    dtype = cli.DTYPES.get(precision)
     if dtype is None:
-        raise UserError(f"{args.from_metadata} was made in {record['dtype']}, which is not offered here; add --dtype.")
+        raise UserError(f"{args.from_metadata} was made in {precision}, which is not offered here; add --dtype.")
     planned, seeded = jobs.plan(args, stored.config, record, say)
     left = jobs.skip_done(planned, args, seeded, sha256)
     if len(left) < len(planned) and not args.quiet:

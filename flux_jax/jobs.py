@@ -86,11 +86,11 @@ def plan(args: argparse.Namespace, config: FluxConfig, record: dict[str, Any] | 
         prompts = args.prompts or ([record["prompt"]] if record else [])
         if not prompts:
             raise UserError('No prompt; say what to draw, as in: python -m flux_jax.generate "a red circle".')
-        rows = [{"prompt": inputs.check_prompt(prompt)} for prompt in prompts]
+        rows: list[dict[str, Any]] = [{"prompt": inputs.check_prompt(prompt)} for prompt in prompts]
 
     defaults = config.sampling
     width, height = _size(args, config, record)
-    chosen = {
+    chosen: dict[str, Any] = {
         "negative_prompt": _first(args.negative_prompt, record.get("negative_prompt")),
         "steps": _first(args.steps, record.get("steps"), defaults.num_inference_steps),
         "guidance": float(_first(args.guidance, record.get("guidance"), defaults.guidance_scale)),
@@ -137,7 +137,7 @@ def plan(args: argparse.Namespace, config: FluxConfig, record: dict[str, Any] | 
     return jobs, seeded
 
 
-def _first(*values):
+def _first(*values: Any) -> Any:
     return next((v for v in values if v is not None), None)
 
 

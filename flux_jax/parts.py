@@ -72,7 +72,7 @@ def placement_of(sharding: Placement, path: str, shape: tuple[int, ...]) -> Shar
     if isinstance(sharding, Mesh):
         return NamedSharding(sharding, PartitionSpec())
     if sharding is None:
-        device = jax.config.jax_default_device
+        device = jax.config.jax_default_device  # pyrefly: ignore[missing-attribute] - jax defines it at import
         return SingleDeviceSharding(device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0])
     return sharding(path, shape)
 

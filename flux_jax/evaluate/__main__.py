@@ -1,4 +1,4 @@
-"""`python -m flux_jax.evaluate nano --model nano-bf16 --out DIR`: a table on stderr, with --json an object on stdout."""
+"""`python -m flux_jax.evaluate nano --model nano-bf16 --out DIR`: table on stderr, with --json an object on stdout."""
 
 import argparse
 import json

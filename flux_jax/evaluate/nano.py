@@ -92,7 +92,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     by_tag: dict[str, list[dict]] = {}
     for entry in rows:
         by_tag.setdefault(entry["tag"], []).append(entry)
-    tags = {}
+    tags: dict[str, dict[str, Any]] = {}
     for tag in EVALUATION:
         if entries := by_tag.get(tag):
             right, count = sum(entry["correct"] for entry in entries), len(entries)
