@@ -27,7 +27,7 @@ def rotary(ids: np.ndarray, axes_dim: tuple[int, ...], theta: float) -> np.ndarr
 
 
 def rotate(x: Float[Array, "b t h d"], rope: Float[Array, "2 t d/2"]) -> Float[Array, "b t h d"]:
-    """Turn each interleaved pair of channels (2i, 2i + 1) by its position's angle, in float32 (RoFormer, section 3.2)."""
+    """Turn each interleaved pair of channels (2i, 2i + 1) by its position's angle, in float32 (RoFormer, 3.2)."""
     cos, sin = rope[:, None, :, None]
     even, odd = jnp.unstack(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), axis=-1)
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

@@ -49,7 +49,9 @@ class Embedding(nnx.Module):
     """Rows of weight [vocabulary, features] by id."""
 
     def __init__(self, vocabulary: int, features: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (vocabulary, features), dtype) * jnp.asarray(0.02, dtype))
+        self.weight = nnx.Param(
+            jax.random.normal(rngs.params(), (vocabulary, features), dtype) * jnp.asarray(0.02, dtype)
+        )
 
     def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b features"]:
         return self.weight[...][ids]

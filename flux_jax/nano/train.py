@@ -135,8 +135,8 @@ def guidance_loss(networks: Networks, teacher: Networks, batch, key, rope, confi
     guidance = jax.random.uniform(keys[2], (size,), minval=NO_GUIDANCE, maxval=recipe.guidance_max)
     plain = jnp.full(size, NO_GUIDANCE)
     conditional = teacher(x, t, plain, batch["t5"], batch["clip"], rope)
-    empty = [jnp.broadcast_to(batch[f"empty_{name}"], batch[name].shape) for name in ("t5", "clip")]
-    unconditional = teacher(x, t, plain, *empty, rope)
+    empty_t5, empty_clip = (jnp.broadcast_to(batch[f"empty_{name}"], batch[name].shape) for name in ("t5", "clip"))
+    unconditional = teacher(x, t, plain, empty_t5, empty_clip, rope)
     target = unconditional + guidance[:, None, None] * (conditional - unconditional)
     velocity = networks(x, t, guidance, batch["t5"], batch["clip"], rope)
     return jnp.square(velocity - jax.lax.stop_gradient(target)).mean()
