@@ -111,7 +111,13 @@ def parse(argv: Sequence[str], version: str) -> argparse.Namespace:
         raise UserError(f"--num-images must be at least 1, not {args.num_images}.")
     if args.seed and len(args.seed) > 1 and (args.num_images or 1) > 1:
         raise UserError("Several seeds already say how many pictures to make; leave out --num-images.")
-    if sum(map(bool, (args.size, args.aspect, args.width or args.height))) > 1:
+    if (
+        sum(
+            given is not None
+            for given in (args.size, args.aspect, args.width if args.width is not None else args.height)
+        )
+        > 1
+    ):
         raise UserError("Give the size once: --size, --aspect, or --width and --height.")
     if args.prompts_file and (args.prompts or args.from_metadata):
         raise UserError("--prompts-file brings its own prompts; leave out the others and --from-metadata.")

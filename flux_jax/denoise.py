@@ -18,10 +18,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from flux_jax.models.transformer import Modulation, Transformer
-from flux_jax.sampling import unpack_latents
+from flux_jax.sampling import initial_noise, pack_latents, unpack_latents
 
 
 class Conditions(NamedTuple):
@@ -32,6 +32,12 @@ class Conditions(NamedTuple):
     guidance: Float[Array, ""]
     true_cfg: Float[Array, ""]
     rope: Float[Array, "2 t+i half"]
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "columns", "channels"))
+def noise(seed: UInt[Array, ""], rows: int, columns: int, channels: int) -> Float[Array, "i c"]:
+    """A picture's noise as tokens, from its own seed (uint32); channels of a latent."""
+    return pack_latents(initial_noise(seed, 2 * rows, 2 * columns, channels)[None])[0]
 
 
 @jax.jit

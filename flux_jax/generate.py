@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; every foreseeable failure is one sentence on stderr."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_, **__: say(str(message))
             run(cli.parse(sys.argv[1:] if argv is None else argv, f"flux_jax {version()}"))
         return 0

@@ -60,6 +60,7 @@ def write_png(path: Path, image: Image.Image, record: dict[str, Any], *, overwri
 
 def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
     """A file that appears complete under its name or not at all, also when the disk is full or the process killed."""
+    check_writable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary(path.parent) as (descriptor, temporary):
@@ -74,6 +75,17 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
         raise UserError(f"{path} exists; choose another -o, or pass --overwrite to replace it.") from error
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError if no file can be made at `path`, as far as that can be known before trying."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise UserError(f"Cannot write {path}: {folder} is not a folder.")
+    if path.is_dir():
+        raise UserError(f"Cannot write {path}: it is a folder.")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"Cannot write {path}: no permission to write in {folder}.")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 from flux_jax import inputs
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
-from flux_jax.images import read_record
+from flux_jax.images import check_writable, read_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +195,8 @@ def slug(text: str, longest: int = 60) -> str:
 def skip_done(jobs: list[Job], args: argparse.Namespace, seeded: bool, model_sha256: str) -> list[Job]:
     """The jobs still to do. Of a prompts file, those whose picture exists already, made the same way, are left out;
     any other file in the way raises UserError."""
+    for job in jobs:
+        check_writable(job.output)
     if args.overwrite:
         return jobs
     left = []

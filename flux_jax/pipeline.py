@@ -29,7 +29,7 @@ from flux_jax.parts import PARTS
 from flux_jax.tokenizers import Tokenizers
 
 DEFAULT_MODEL = "nano"
-Callback = Callable[["FluxPipeline", int, float, dict[str, jax.Array]], dict[str, Any] | None]
+Callback = Callable[["FluxPipeline", int, float, dict[str, np.ndarray]], dict[str, Any] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class FluxPipeline:
             )
         if notice := self.tokenizers.truncation_warning(prompt, length):
             warnings.warn(notice, stacklevel=4)
-        ids = jnp.asarray(self.tokenizers.t5([prompt], length)), jnp.asarray(self.tokenizers.clip([prompt]))
+        ids = self.tokenizers.t5([prompt], length), self.tokenizers.clip([prompt])
         return clock.run("text", denoise.encode, self.t5, self.clip, *ids)
 
     def __call__(
@@ -115,8 +115,8 @@ class FluxPipeline:
         seed: picture i of the call uses seed + i, alone or in any batch (None: drawn at random). latents: noise
         float32 [b, i, c] instead of it. prompt_embeds [b, t, d] with pooled_prompt_embeds [b, p]: instead of prompts.
         true_cfg_scale above 1: classifier-free guidance against `negative_prompt` ("" where None), at twice the time.
-        callback_on_step_end(pipe, step, timestep in (0, 1000], {"latents", "denoised"}: float32 [1, i, c]) runs after
-        each step of each picture; it may return {"latents": ...} to go on from, or set `pipe.interrupt`.
+        callback_on_step_end(pipe, step, timestep in (0, 1000], {"latents", "denoised"}: numpy float32 [1, i, c]) runs
+        after each step of each picture; it may return {"latents": ...} to go on from, or set `pipe.interrupt`.
         Raises UserError for input that cannot be drawn, and for latents that stop being finite.
         """
         clock, defaults = _Clock(), self.config.sampling
@@ -152,12 +152,16 @@ class FluxPipeline:
 
         rows, columns = height // self.config.pixels_per_token, width // self.config.pixels_per_token
         noise = self._given_noise(latents, len(conditions), rows, columns)
-        sigmas = jnp.asarray(sampling.sigmas(defaults, steps, rows * columns))
+        sigmas = sampling.sigmas(defaults, steps, rows * columns)
         results = []
         for i, (text, pooled) in enumerate(conditions):
-            x = jnp.array(noise[i]) if noise is not None else self._noise(seeds[i], rows, columns)
+            if noise is not None:
+                x = noise[i]
+            else:
+                channels = self.config.vae.latent_channels
+                x = clock.run("denoise", denoise.noise, np.uint32(seeds[i]), rows, columns, channels)
             steering = denoise.Conditions(
-                text, pooled, jnp.float32(guidance), jnp.float32(true_cfg_scale),
+                text, pooled, np.float32(guidance), np.float32(true_cfg_scale),
                 self._rope(rows, columns, text.shape[1]),
             )  # fmt: skip
             x = self._denoise(clock, x, sigmas, steering, callback_on_step_end, seeds[i])
@@ -218,20 +222,18 @@ class FluxPipeline:
                 self._not_finite(int(finite.argmin()), steps, seed)
             return x
         modulation = clock.run("denoise", denoise.modulations, self.transformer, sigmas, conditions)
-        levels = np.asarray(sigmas)
         for i in range(steps):
             x, denoised, finite = clock.run(
-                "denoise", denoise.step, self.transformer, x, sigmas, conditions, modulation, jnp.int32(i)
+                "denoise", denoise.step, self.transformer, x, sigmas, conditions, modulation, np.int32(i)
             )
             clock.seconds["steps"] += 1
             if not finite:
                 self._not_finite(i, steps, seed)
-            # A copy: the next step takes over the memory of x, and the callback may have kept it.
-            changed = callback(
-                self, i, 1000 * float(levels[i]), {"latents": jnp.array(x)[None], "denoised": denoised[None]}
-            )
+            # A copy of x: the next step takes over its memory, and the callback may keep what it was given.
+            tensors = {"latents": np.array(x)[None], "denoised": np.asarray(denoised)[None]}
+            changed = callback(self, i, 1000 * float(sigmas[i]), tensors)
             if changed and "latents" in changed:
-                x = jnp.array(changed["latents"], jnp.float32).reshape(x.shape)
+                x = np.array(changed["latents"], np.float32).reshape(x.shape)
             if self.interrupt:
                 break
         return x
@@ -245,10 +247,6 @@ class FluxPipeline:
         raise UserError(
             f"Step {i + 1} of {steps} gave latents that are not finite (seed {seed}, {self.dtype}); {hint}."
         )
-
-    def _noise(self, seed: int, rows: int, columns: int) -> jax.Array:
-        noise = sampling.initial_noise(seed, 2 * rows, 2 * columns, self.config.vae.latent_channels)
-        return sampling.pack_latents(noise[None])[0]
 
     def _given_noise(self, latents, count: int, rows: int, columns: int) -> np.ndarray | None:
         if latents is None:
@@ -268,7 +266,7 @@ class FluxPipeline:
 
 @functools.lru_cache(maxsize=4)
 def _rope(rows: int, columns: int, text_tokens: int, axes_dim: tuple[int, ...], theta: float) -> jax.Array:
-    return jnp.asarray(rotary(sampling.position_ids(rows, columns, text_tokens), axes_dim, theta))
+    return jax.device_put(rotary(sampling.position_ids(rows, columns, text_tokens), axes_dim, theta))
 
 
 def resolve_dtype(dtype: Any) -> Any:

@@ -8,12 +8,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt
 
 from flux_jax.config import SamplingConfig
 
 
-def initial_noise(seed: int, height: int, width: int, channels: int) -> Float[Array, "height width channels"]:
+def initial_noise(
+    seed: int | UInt[Array, ""], height: int, width: int, channels: int
+) -> Float[Array, "height width channels"]:
     """Standard normal latents (float32) of one image; height and width in latents. A function of the seed alone."""
     return jax.random.normal(jax.random.key(seed), (height, width, channels), jnp.float32)
 

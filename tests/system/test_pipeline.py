@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_model
 
+from flux_jax import sampling
 from flux_jax.errors import UserError
 from flux_jax.pipeline import FluxPipeline
 from flux_jax.tokenizers import Tokenizers
@@ -104,7 +105,7 @@ def test_interrupt_and_replaced_latents(pipe):
 
     def stop(pipe, step, timestep, tensors):
         pipe.interrupt = step == 1
-        return {"latents": jnp.full(shape, 0.25)}
+        return {"latents": np.full(shape, 0.25)}
 
     out = pipe(["a red circle", "a blue square"], seed=7, output_type="latent", callback_on_step_end=stop)
     assert out.timings["steps"] == 2
@@ -117,7 +118,7 @@ def test_embeddings_and_noise_as_input(pipe, alone):
     fresh = FluxPipeline(pipe.config, transformer=pipe.transformer, vae=pipe.vae)
     embeds = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
     np.testing.assert_array_equal(fresh(**embeds, seed=7, output_type="np").images[0], alone)
-    noise = np.asarray(pipe._noise(7, 2, 4))[None]
+    noise = np.asarray(sampling.pack_latents(sampling.initial_noise(7, 4, 8, 16)[None]))
     kept = noise.copy()
     np.testing.assert_array_equal(fresh(**embeds, latents=noise, output_type="np").images[0], alone)
     np.testing.assert_array_equal(noise, kept)  # the program takes over the memory of a copy

@@ -1,0 +1,371 @@
+"""`python -m flux_jax.generate`: what it prints and writes, what it refuses, and that a second run starts warm."""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_model
+from PIL import Image
+
+from flux_jax import generate, images, inputs, jobs
+from flux_jax.pipeline import FluxPipeline
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(tiny_model.save(tmp_path_factory.mktemp("models") / "tiny", tiny_model.config()))
+
+
+@pytest.fixture(scope="module")
+def load():
+    """from_pretrained that loads each model once: reading it takes longer than drawing with it."""
+    return functools.cache(FluxPipeline.from_pretrained)
+
+
+@pytest.fixture
+def run(model, load, tmp_path, monkeypatch):
+    """Runs the command in an empty folder; gives exit status, stdout and stderr."""
+    monkeypatch.setattr(FluxPipeline, "from_pretrained", load)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+    def call(*argv, default_model: bool = True):
+        out, err = io.StringIO(), io.StringIO()
+        options = ["--no-cache", "--model", model] if default_model else []
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = generate.main([*map(str, argv), *options])
+        return status, out.getvalue(), err.getvalue()
+
+    return call
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_one_picture(run, tmp_path):
+    status, out, err = run("a red circle", "--seed", 7)
+    assert status == 0, err
+    (path,) = out.splitlines()
+    assert path.startswith("outputs/flux-")
+    assert path.endswith("-7.png")
+    assert pixels(path).shape == (32, 64, 3)
+    assert f"seed 7 | {path} | repeat: python -m flux_jax.generate -C {path}" in err
+    assert "denoise 3 x" in err
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [Path(path).name]  # no temporary file stays
+
+
+def test_quiet_and_verbose(run):
+    status, out, err = run("a red circle", "--seed", 7, "-o", "a.png", "-q")
+    assert (status, out, err) == (0, "a.png\n", "")
+    _, _, err = run("a red circle", "--seed", 7, "-o", "b.png", "-v")
+    assert "float32 on cpu" in err
+
+
+def test_random_seed_is_printed_and_stored(run):
+    _, _, err = run("a red circle", "-o", "a.png")
+    seed = images.read_record(Path("a.png"))["seed"]
+    assert f"seed {seed} |" in err
+    run("a red circle", "-o", "b.png", "--seed", seed)
+    np.testing.assert_array_equal(pixels("a.png"), pixels("b.png"))
+
+
+def test_record_holds_all_it_takes_to_repeat(run, model):
+    run("a red “circle”", "--seed", 7, "--steps", 2, "-g", "1.5", "--size", "32x48", "-o", "first.png")
+    record = images.read_record(Path("first.png"))
+    assert {k: record[k] for k in ("seed", "steps", "guidance", "true_cfg", "width", "height", "dtype")} == {
+        "seed": 7, "steps": 2, "guidance": 1.5, "true_cfg": 1.0, "width": 32, "height": 48, "dtype": "float32",
+    }  # fmt: skip
+    assert record["prompt"] == "a red “circle”"
+    assert record["model"]["name"] == "FLUX-tiny"
+    assert len(record["model"]["sha256"]) == 64
+    assert {"flux_jax", "jax", "python"} <= set(record["versions"])
+    with Image.open("first.png") as image:
+        text = image.text["parameters"]
+    assert text.startswith("a red “circle”\nSteps: 2, ")
+    assert "Seed: 7, Size: 32x48" in text
+
+    status, out, _ = run("-C", "first.png", "-o", "again.png", default_model=False)  # model and all from the record
+    assert (status, out) == (0, "again.png\n")
+    np.testing.assert_array_equal(pixels("again.png"), pixels("first.png"))
+    assert images.read_record(Path("again.png")) == record
+
+    run("-C", "first.png", "-o", "other.png", "--seed", 8, "-p", "two squares")  # arguments win
+    other = images.read_record(Path("other.png"))
+    assert (other["seed"], other["prompt"], other["steps"]) == (8, "two squares", 2)
+    assert (pixels("other.png") != pixels("first.png")).any()
+
+
+def test_batch_position_and_progress_bar_do_not_change_a_picture(run, monkeypatch):
+    run("a red circle", "--seed", 5, "--num-images", 3, "-o", "batch-{seed}.png")
+    run("a red circle", "--seed", 6, "-o", "alone.png")
+    monkeypatch.setattr(generate, "shows_bar", lambda args: True)
+    _, out, err = run("a blue square", "a red circle", "--seed", 5, "-o", "bar-{i}.png")
+    assert out.split() == ["bar-0.png", "bar-1.png"]
+    assert "3/3" in err
+    expected = pixels("alone.png")
+    np.testing.assert_array_equal(pixels("batch-6.png"), expected)
+    np.testing.assert_array_equal(pixels("bar-1.png"), expected)
+
+
+def test_json(run):
+    status, out, _ = run("a red circle", "--seed", "1", "4", "--json", "-o", "{seed}.png")
+    assert status == 0
+    report = json.loads(out)  # one object and nothing else
+    assert set(report) == {"model", "skipped", "images", "timings"}
+    assert report["skipped"] == []
+    assert set(report["timings"]) == {"load", "compile", "text", "denoise", "decode", "steps"}
+    assert [(entry["path"], entry["seed"]) for entry in report["images"]] == [("1.png", 1), ("4.png", 4)]
+    for entry in report["images"]:
+        record = images.read_record(Path(entry["path"]))
+        assert {**record, "path": entry["path"], "id": None} == entry
+
+
+def test_dry_run_writes_nothing(run, tmp_path):
+    status, out, err = run("a red circle", "--seed", 7, "--num-images", 2, "--dry-run", "-o", "{i}.png")
+    assert (status, out) == (0, "0.png\n1.png\n")
+    assert "126,315 parameters" in err
+    assert "64x32, 3 steps, seed 8: a red circle" in err
+    report = json.loads(run("a red circle", "--dry-run", "--json")[1])
+    assert report["dry_run"] is True
+    assert report["images"][0]["steps"] == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_from_a_file_go_on_where_they_stopped(run):
+    Path("few.txt").write_text("# colours\na red circle\n\na blue square\n")
+    command = ("--prompts-file", "few.txt", "--seed", 3, "-o", "out/")
+    assert run(*command)[1].split() == ["out/00000.png", "out/00001.png"]
+    first = pixels("out/00000.png")
+    Path("out/00001.png").unlink()
+    status, out, err = run(*command)
+    assert (status, out) == (0, "out/00001.png\n")
+    assert "1 of 2 pictures exist already" in err
+    assert json.loads(run(*command, "--json")[1])["skipped"] == ["out/00000.png", "out/00001.png"]
+    status, _, err = run(*command, "--steps", 2)
+    assert status == 2
+    assert "out/00000.png exists and was made with another steps" in err
+    assert run(*command, "--steps", 2, "--overwrite")[0] == 0
+    assert (pixels("out/00000.png") != first).any()
+
+
+def test_prompts_from_json_lines(run):
+    lines = [
+        {"prompt": "a red circle", "id": "first/1", "seed": 9, "width": 32, "tag": "single_object"},
+        {"prompt": "a blue square", "guidance": 2},
+    ]
+    Path("some.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    _, out, err = run("--prompts-file", "some.jsonl", "--seed", 3)
+    assert out.split() == ["outputs/some/first-1.png", "outputs/some/00001.png"]
+    assert "ignoring the keys tag" in err
+    first, second = (images.read_record(Path(path)) for path in out.split())
+    assert (first["seed"], first["width"]) == (9, 32)
+    assert (second["seed"], second["width"], second["guidance"]) == (4, 64, 2.0)
+
+
+def test_stdin(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a red circle\n"))
+    run("-", "--seed", 7, "-o", "{prompt}.png")
+    assert images.read_record(Path("a-red-circle.png"))["prompt"] == "a red circle"
+
+
+def test_seed_before_the_prompt(run):
+    assert run("--seed", 1, 2, "a red circle", "-o", "{seed}.png")[1].split() == ["1.png", "2.png"]
+
+
+def test_nothing_is_overwritten_unless_asked(run):
+    Path("kept.png").write_bytes(b"mine")
+    status, out, err = run("a red circle", "-o", "kept.png")
+    assert (status, out) == (2, "")
+    assert err == "kept.png exists; choose another -o, or pass --overwrite to replace it.\n"
+    assert Path("kept.png").read_bytes() == b"mine"
+    assert run("a red circle", "-o", "kept.png", "--overwrite")[0] == 0
+    assert pixels("kept.png").shape == (32, 64, 3)
+
+
+def test_size_is_rounded_and_said(run):
+    _, _, err = run("a red circle", "-H", 30, "-W", 64, "-o", "a.png")
+    assert "height 30 is not a multiple of 16; using 32 (--strict-size to fail)." in err
+    assert pixels("a.png").shape == (32, 64, 3)
+    assert inputs.aspect_size("16:9", 1024 * 1024, 16) == (1360, 768)
+    assert inputs.aspect_size("1:1", 128 * 128, 16) == (128, 128)
+
+
+BAD = [
+    ((), "No prompt"),
+    (("",), "The prompt is empty"),
+    (("   ",), "The prompt is empty"),
+    (("x", "-H", "30", "--strict-size"), "height 30 is not a multiple of 16; the nearest is 32"),
+    (("x", "--size", "0x32"), "width must be between"),
+    (("x", "--size", "big"), "--size must read"),
+    (("x", "-W", "-5"), "width must be between"),
+    (("x", "-W", "0", "--size", "32x32"), "Give the size once"),
+    (("x", "-W", "ten"), "invalid int value"),
+    (("x", "--size", "99999x32"), "width must be between"),
+    (("x", "--size", "16384x16384"), "more than the 65536 allowed"),
+    (("x", "--size", "32x32", "--aspect", "1:1"), "Give the size once"),
+    (("x", "--aspect", "wide"), "--aspect must read"),
+    (("x", "--aspect", "1:0"), "--aspect must read"),
+    (("x", "--steps", "0"), "number of steps"),
+    (("x", "--steps", "1001"), "number of steps"),
+    (("x", "-g", "nan"), "Guidance must"),
+    (("x", "--true-cfg", "0"), "True guidance must"),
+    (("x", "--seed", "-1"), "seed must"),
+    (("x", "--seed", "4294967296"), "seed must"),
+    (("x", "--seed", "4294967295", "-b", "2"), "seed must"),
+    (("--seed", "abc"), "--seed takes whole numbers"),
+    (("x", "--num-images", "0"), "at least 1"),
+    (("x", "--seed", "1", "2", "--num-images", "2"), "leave out --num-images"),
+    (("x", "--max-sequence-length", "13"), "from 1 to 12"),
+    (("x", "-n", "y"), "no effect while --true-cfg is 1"),
+    (("x", "-o", "a.jpg"), "written as PNG"),
+    (("x", "-o", "{what}.png"), "only {seed}"),
+    (("x", "-o", "{seed"), "only {seed}"),
+    (("x", "y", "-o", "{prompt:.1}{seed:.0f}.png", "--seed", "1", "1"), "Two pictures would be written"),
+    (("x", "-q", "-v"), "contradict"),
+    (("x", "--nonsense"), "nrecognized arguments"),
+    (("x", "--dtype", "int3"), "invalid choice"),
+    (("x", "--prompts-file", "missing.txt"), "leave out the others"),
+    (("--prompts-file", "missing.txt"), "Cannot read missing.txt"),
+    (("--prompts-file", "empty.txt"), "holds no prompt"),
+    (("--prompts-file", "broken.jsonl"), "broken.jsonl, line 2: not valid JSON"),
+    (("--prompts-file", "list.jsonl"), 'must be an object with a "prompt"'),
+    (("--prompts-file", "type.jsonl"), "type.jsonl, line 1: seed cannot be '7'"),
+    (("--prompts-file", "blank.jsonl"), "line 1: the prompt is empty"),
+    (("--prompts-file", "binary.txt"), "not UTF-8"),
+    (("-C", "missing.png"), "Cannot read missing.png"),
+    (("-C", "empty.txt"), "Cannot read empty.txt"),
+    (("-C", "plain.png"), "holds no record"),
+    (("-C", "foreign.json"), "has format 99"),
+    (("-C", "partial.json"), "lacks, or has the wrong type in: seed, steps"),
+]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"), BAD, ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else ""
+)
+def test_bad_input_is_one_sentence(run, argv, message, tmp_path):
+    Path("empty.txt").write_text("\n# nothing\n")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    Path("broken.jsonl").write_text('{"prompt": "x"}\n{"prompt"\n')
+    Path("list.jsonl").write_text("[1]\n")
+    Path("type.jsonl").write_text('{"prompt": "x", "seed": "7"}\n')
+    Path("blank.jsonl").write_text('{"prompt": " "}\n')
+    Path("foreign.json").write_text('{"format": 99}')
+    Path("partial.json").write_text('{"format": 1, "prompt": "x", "seed": "7"}')
+    Image.new("RGB", (4, 4)).save("plain.png")
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = run(*argv)
+    assert status == 2, err
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1, "one sentence"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_model(run):
+    for name in ("nowhere", "someone/some-model"):
+        status, out, err = run("x", "-m", name, default_model=False)
+        assert (status, out) == (3, "")
+        assert err.count("\n") == 1
+    Path("folder").mkdir()
+    assert run("x", "-m", "folder", default_model=False)[0] == 2
+
+
+def test_unwritable_output(run):
+    Path("file").write_text("in the way")
+    status, out, err = run("a red circle", "-o", "file/picture.png")
+    assert (status, out) == (2, "")
+    assert "Cannot write file/picture.png: " in err
+
+
+def test_no_gpu_is_no_silent_fallback(run):
+    status, _, err = run("a red circle", "--device", "gpu")
+    assert status == 2
+    assert "JAX finds no GPU" in err
+
+
+def test_out_of_memory(run, monkeypatch):
+    import jax
+
+    def exhausted(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr("flux_jax.pipeline.FluxPipeline.__call__", exhausted)
+    status, _, err = run("a red circle")
+    assert status == 4
+    assert err.startswith("Out of memory; ")
+
+
+def test_interrupted(run, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flux_jax.pipeline.FluxPipeline.__call__", stop)
+    assert run("a red circle")[0] == 130
+
+
+def test_killed_while_writing_leaves_no_picture(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(images.UserError, match="No space left"):
+        images.write_whole(tmp_path / "a.png", b"data", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("A Red circle!", "a-red-circle"), ("../..", "picture"), ("é" * 99, "é" * 60), ("", "picture")]
+)
+def test_slug(text, name):
+    assert jobs.slug(text) == name
+
+
+def test_help_version_and_list_need_no_model(run):
+    for argv in (["--help"], ["--version"]):
+        with pytest.raises(SystemExit) as stopped:
+            run(*argv, default_model=False)
+        assert stopped.value.code == 0
+    assert run("--list-models", default_model=False)[0] == 0
+
+
+COUNTED = """
+import sys, collections, jax
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rsplit("/", 1)[-1]]))
+from flux_jax.generate import main
+status = main(sys.argv[1:])
+print("misses", events["cache_misses"], "hits", events["cache_hits"], file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def test_second_process_compiles_nothing_and_repeats_the_bits(model, tmp_path):
+    environment = {**os.environ, "FLUX_JAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+
+    def process(*argv):
+        command = [sys.executable, "-c", COUNTED, *argv]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        misses, hits = (int(word) for word in done.stderr.split()[-3::2])
+        return done.stdout, misses, hits
+
+    out, misses, hits = process("a red circle", "--seed", "7", "-o", "cold.png", "-m", model, "--device", "cpu")
+    assert out == "cold.png\n"
+    assert misses > 0
+    assert list((tmp_path / "cache" / "xla").iterdir())
+    out, again, hits = process("-C", "cold.png", "-o", "warm.png", "--device", "cpu")
+    assert (again, hits) == (0, misses)
+    np.testing.assert_array_equal(pixels(tmp_path / "warm.png"), pixels(tmp_path / "cold.png"))
