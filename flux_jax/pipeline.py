@@ -233,7 +233,7 @@ class FluxPipeline:
             tensors = {"latents": np.array(x)[None], "denoised": np.asarray(denoised)[None]}
             changed = callback(self, i, 1000 * float(sigmas[i]), tensors)
             if changed and "latents" in changed:
-                x = np.array(changed["latents"], np.float32).reshape(x.shape)
+                x = jax.device_put(np.array(changed["latents"], np.float32).reshape(x.shape))
             if self.interrupt:
                 break
         return x
