@@ -23,7 +23,7 @@ class TransformerConfig:
     pooled_dim: int = 768
     mlp_ratio: int = 4
     axes_dim: tuple[int, ...] = (16, 56, 56)  # rotary widths of (index, row, column); their sum is the head width
-    theta: int = 10_000
+    theta: float = 10_000.0
     timestep_dim: int = 256  # width of the sinusoidal embedding of t and guidance
     guidance_embeds: bool = True
 

@@ -92,14 +92,16 @@ def assemble(
     definition, state = nnx.split(module)
     filled = []
     for batch in _batches(nnx.to_flat_state(state)):
-        names = {path: layer_names(dotted(path), v.shape[0] if v.shape else 0) for path, v in batch}
-        weights = dict(read([name for path, layers in names.items() for name in layers or [dotted(path)]]))
+        layers = {path: layer_names(dotted(path), v.shape[0] if v.shape else 0) for path, v in batch}
+        names = {path: [dotted(path)] if layers[path] is None else layers[path] for path, _ in batch}
+        weights = dict(read([name for each in names.values() for name in each]))
         for path, variable in batch:
-            parts = [weights.pop(name) for name in names[path] or [dotted(path)]]
-            target = dtype if dtype is not None and jnp.issubdtype(parts[0].dtype, jnp.floating) else parts[0].dtype
+            parts = [weights.pop(name) for name in names[path]]
+            stored = parts[0].dtype if parts else variable.dtype  # a model may have no block of a kind
+            target = dtype if dtype is not None and jnp.issubdtype(stored, jnp.floating) else stored
             host = np.empty(variable.shape, target)
             for i, value in enumerate(parts):
-                host[i if names[path] else ...] = value
+                host[... if layers[path] is None else i] = value
             place = placement_of(sharding, dotted(path), host.shape)
             filled.append((path, variable.replace(jax.make_array_from_callback(host.shape, place, host.__getitem__))))
     return nnx.merge(definition, nnx.from_flat_state(filled))

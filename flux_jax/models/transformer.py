@@ -7,10 +7,12 @@ program holds one block of each kind. Modulation depends only on (timestep, guid
 Source: black-forest-labs/flux `src/flux/model.py`.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -31,7 +33,10 @@ class Modulation(NamedTuple):
 def sinusoidal(t: Float[Array, " b"], width: int, max_period: float = 10_000.0) -> Float[Array, "b {width}"]:
     """cos and sin of 1000 t max_period ** (-2i / width), cosines first (BFL `timestep_embedding`), float32."""
     half = width // 2
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    # Angles reach thousands of radians, where a frequency's last bit shows: the exponent is rounded to float32 as in
+    # the published code, and the exponential is formed on the host, where every machine rounds it alike.
+    exponents = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = (1000.0 * t)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
