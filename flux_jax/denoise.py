@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from flux_jax.models.transformer import Modulation, Transformer
+from flux_jax.models.vae import VAE
 from flux_jax.sampling import initial_noise, pack_latents, unpack_latents
 
 
@@ -99,7 +100,7 @@ def denoise(
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "columns"))
-def decode(vae: nnx.Module, latents: Float[Array, "i c"], rows: int, columns: int) -> Float[Array, "h w 3"]:
+def decode(vae: VAE, latents: Float[Array, "i c"], rows: int, columns: int) -> Float[Array, "h w 3"]:
     """Tokens of one picture, rows x columns of them -> pixels float32 in [0, 1]."""
     with jax.named_scope("decode"):
         image = vae.decode(unpack_latents(latents[None], 2 * rows, 2 * columns))[0].astype(jnp.float32)

@@ -69,6 +69,7 @@ class FluxPipeline:
         bfloat16 on a GPU and float32 on a CPU, where it is both faster and exact. mesh: the weights are replicated
         over it. Raises UserError for what is no readable checkpoint."""
         stored, dtype = Checkpoint.open(path_or_alias), resolve_dtype(dtype)
+        # pyrefly: ignore[bad-specialization] - it takes the mesh for a function, because a mesh can be a decorator
         parts = {part: stored.load(part, dtype=dtype, sharding=mesh) for part in PARTS}
         return cls(stored.config, tokenizers=Tokenizers.load(stored.tokenizers, stored.config), dtype=dtype, **parts)
 
@@ -120,13 +121,13 @@ class FluxPipeline:
         Raises UserError for input that cannot be drawn, and for latents that stop being finite.
         """
         clock, defaults = _Clock(), self.config.sampling
-        height, width, steps, guidance, length = (
+        guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        height, width, steps, length = (
             default if value is None else value
             for value, default in (
                 (height, defaults.height),
                 (width, defaults.width),
                 (num_inference_steps, defaults.num_inference_steps),
-                (guidance_scale, defaults.guidance_scale),
                 (max_sequence_length, defaults.max_sequence_length),
             )
         )
@@ -161,7 +162,7 @@ class FluxPipeline:
                 channels = self.config.vae.latent_channels
                 x = clock.run("denoise", denoise.noise, np.uint32(seeds[i]), rows, columns, channels)
             steering = denoise.Conditions(
-                text, pooled, np.float32(guidance), np.float32(true_cfg_scale),
+                text, pooled, jnp.asarray(guidance, jnp.float32), jnp.asarray(true_cfg_scale, jnp.float32),
                 self._rope(rows, columns, text.shape[1]),
             )  # fmt: skip
             x = self._denoise(clock, x, sigmas, steering, callback_on_step_end, seeds[i])
@@ -207,8 +208,8 @@ class FluxPipeline:
         if true_cfg > 1:
             against = [self._encoded[n, length] for n in negatives]
             pairs = [
-                tuple(jnp.concatenate(both) for both in zip(p, n, strict=True))
-                for p, n in zip(pairs, against, strict=True)
+                (jnp.concatenate([text, no_text]), jnp.concatenate([pool, no_pool]))
+                for (text, pool), (no_text, no_pool) in zip(pairs, against, strict=True)
             ]
         return pairs
 
