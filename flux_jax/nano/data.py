@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from flux_jax.config import FluxConfig, SamplingConfig
 from flux_jax.models.vae import VAE
 from flux_jax.nano import captions, world
 from flux_jax.sampling import pack_latents
@@ -36,12 +37,12 @@ class Dataset:
 
 
 def load_or_build(
-    path: Path, vae: VAE, tokenizers: Tokenizers, size: int, max_length: int, *, seed: int, count: int
+    path: Path, vae: VAE, tokenizers: Tokenizers, config: FluxConfig, *, seed: int, count: int
 ) -> Dataset:
-    """Read `path`, or render `count` scenes of `size` pixels, encode them, and write `path` (whole or not at all)."""
+    """Read `path`, or render `count` scenes, encode them, and write `path` (whole or not at all)."""
     if not path.exists():
         partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **_build(vae, tokenizers, size, max_length, seed, count))
+        np.savez(partial, **_build(vae, tokenizers, config.sampling, seed, count))
         os.replace(partial, path)
     with np.load(path) as arrays:
         return Dataset(**arrays)
@@ -57,23 +58,21 @@ def example(seed: int, index: int) -> tuple[str, world.Scene]:
     return (text + "." if stop else text), scene
 
 
-def _build(
-    vae: VAE, tokenizers: Tokenizers, size: int, max_length: int, seed: int, count: int
-) -> dict[str, np.ndarray]:
+def _build(vae: VAE, tokenizers: Tokenizers, sampling: SamplingConfig, seed: int, count: int) -> dict[str, np.ndarray]:
     encode = jax.jit(lambda vae, images: pack_latents(vae.encode(images.astype(jnp.float32) / 127.5 - 1.0)))
     texts, tokens, chunk, pending = [], [], 64, None
     for start in tqdm(range(0, count, chunk), desc="encode", mininterval=10):
         examples = [example(seed, i) for i in range(start, start + chunk)]
         texts += [text for text, _ in examples]
-        images = np.stack([world.render(scene, size) for _, scene in examples])
+        images = np.stack([world.render(scene, sampling.height) for _, scene in examples])
         if pending is not None:  # encoded while these scenes were drawn
             tokens.append(np.asarray(pending, np.float16))
         pending = encode(vae, images)
     tokens.append(np.asarray(pending, np.float16))
     return {
         "tokens": np.concatenate(tokens)[:count],
-        "t5": tokenizers.t5(texts, max_length)[:count],
+        "t5": tokenizers.t5(texts)[:count],
         "clip": tokenizers.clip(texts)[:count],
-        "empty_t5": tokenizers.t5([""], max_length),
+        "empty_t5": tokenizers.t5([""]),
         "empty_clip": tokenizers.clip([""]),
     }

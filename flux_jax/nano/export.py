@@ -1,4 +1,4 @@
-"""A finished training run becomes the checkpoint that ships: `python -m flux_jax.nano.export --run RUN OUT`.
+"""A finished training run becomes the checkpoint that ships: `python -m flux_jax.nano.train export --run RUN OUT`.
 
 In: `RUN/vae`, `RUN/flow` and, where it was trained, `RUN/guidance` (the averaged weights of the last phase that there
 is). Out: a bf16 checkpoint with tokenizers, the phases' metrics and curves, a card, and SHA256SUMS of every file.
@@ -30,7 +30,7 @@ def load_vae(folder: Path) -> tuple[FluxConfig, VAE]:
     """The trained autoencoder (float32), and nano's config with the shift and scale that give its latents mean 0 and
     standard deviation 1. UserError without a finished VAE in `folder`."""
     if not (folder / "vae.npz").exists():
-        raise UserError(f"{folder} has no finished VAE: run python -m flux_jax.nano.train_vae --out {folder}")
+        raise UserError(f"{folder} has no finished VAE: run python -m flux_jax.nano.train vae --run {folder.parent}")
     about = json.loads((folder / "vae.json").read_text())
     config = nano()
     scale = {"scaling_factor": round(1 / about["latent_std"], 4), "shift_factor": round(about["latent_mean"], 4)}
@@ -54,7 +54,7 @@ def tokenizers(run: Path, config: FluxConfig) -> Tokenizers:
 
 def export(run: Path, out: Path, card: str, overwrite: bool = False) -> None:
     """Write the checkpoint; see the module's docstring."""
-    from flux_jax.nano.train import Recipe, Trainer, initial_params
+    from flux_jax.nano.flow import Recipe, Trainer, initial_params
 
     config, vae = load_vae(run / "vae")
     tokenizers(run, config)

@@ -63,9 +63,9 @@ def batch(seed: int, step: int, steps: int, size: int) -> np.ndarray:
 
 @functools.cache
 def optimizer(steps: int) -> optax.GradientTransformation:
-    """Muon for convolutions and linears, each a matrix [out, everything else] (arXiv 2502.16982, update sizes matched to
-    AdamW's), Adam for vectors; linear warm-up, then half a cosine down to zero at `steps`. In trials of 300 steps it was
-    where Adam is after 1,200."""
+    """Muon for convolutions and linears, each a matrix [out, everything else] (arXiv 2502.16982, update sizes matched
+    to AdamW's), Adam for vectors; linear warm-up, then half a cosine down to zero at `steps`. In trials of 300 steps it
+    was where Adam is after 1,200."""
     matrices = {4: optax.contrib.MuonDimensionNumbers((1, 2, 3), 0), 2: optax.contrib.MuonDimensionNumbers(1, 0)}
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, WARM_UP, max(steps, WARM_UP + 1))
     return optax.chain(
@@ -110,8 +110,8 @@ def train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state: dic
 
 
 def evaluate(vae: VAE, seed: int, size: int) -> dict[str, Any]:
-    """Held-out PSNR (mean over pictures, from the posterior's mode, clipped to [-1, 1]), and mean and standard deviation
-    of the modes of training pictures, over all values and per channel, before shift and scale."""
+    """Held-out PSNR (mean over pictures, from the posterior's mode, clipped to [-1, 1]), and mean and standard
+    deviation of the modes of training pictures, over all values and per channel, before shift and scale."""
     moments = jax.jit(lambda vae, x: vae.moments(x)[0])
     decode = jax.jit(lambda vae, z: vae.decoder(z))
     decibels, latents = [], []
@@ -200,8 +200,8 @@ def steps_in(minutes: float, config: VAEConfig, size: int) -> int:
 
 
 def train(out: Path, *, steps: int | None, minutes: float, seed: int, resume: bool) -> None:
-    """Runs or resumes a training; see the top of the file. Without `steps`, as many as fit into `minutes`: the number is
-    stored and printed, and with it the run can be repeated. Raises UserError where `out` and `resume` disagree."""
+    """Runs or resumes a training; see the top of the file. Without `steps`, as many as fit into `minutes`: the number
+    is stored and printed, and with it the run can be repeated. Raises UserError where `out` and `resume` disagree."""
     config, size = nano().vae, nano().sampling.height
     saved, log = out / "state.npz", out / "metrics.jsonl"
     if resume != saved.exists():
@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     length.add_argument("--steps", type=int, help="length of the training")
     length.add_argument("--minutes", type=float, default=15.0, help="length in time, turned into steps (default: 15)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on where DIR/state.npz stands (its steps and seed hold)")
+    parser.add_argument("--resume", action="store_true", help="go on from DIR/state.npz, with its steps and seed")
     options = vars(parser.parse_args(arguments))
     # One CPU device per core: convolutions of few channels do not fill several cores, a batch cut in two does.
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))

@@ -1,0 +1,93 @@
+"""Training of the networks: a resumed run is the same run, the loss is what it says, guidance is learned."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flux_jax.config import CLIPConfig, T5Config, nano
+from flux_jax.nano import flow
+from flux_jax.nano.data import Dataset, example
+
+SMALL = dataclasses.replace(
+    nano(),
+    transformer=dataclasses.replace(
+        nano().transformer, hidden_size=16, num_heads=1, axes_dim=(4, 6, 6), num_double_blocks=1, num_single_blocks=1,
+        text_dim=8, pooled_dim=8, in_channels=8, timestep_dim=16,
+    ),
+    t5=T5Config(vocab_size=16, d_model=8, d_ff=16, num_heads=1, head_dim=8, num_layers=1),
+    clip=CLIPConfig(vocab_size=16, hidden_size=8, mlp_dim=16, num_heads=1, num_layers=1, max_positions=16),
+    sampling=dataclasses.replace(nano().sampling, height=32, width=32),
+)  # fmt: skip
+RECIPE = flow.Recipe(steps=4, batch=4, warmup=1, seed=3)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 16, (2, 20, 16)).astype(np.int32)
+    empty = np.zeros((1, 16), np.int32)
+    return Dataset(rng.standard_normal((20, 4, 8)).astype(np.float16), *ids, empty, empty)
+
+
+@pytest.fixture(scope="module")
+def initial():
+    return jax.jit(lambda: flow.initial_params(SMALL, 0))()
+
+
+def train(folder, dataset, initial, recipe=RECIPE, **options):
+    return flow.Trainer(folder, SMALL, recipe, initial, **options).run(dataset, save_every=2, log_every=2)
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path, dataset, initial):
+    whole = train(tmp_path / "whole", dataset, initial)
+
+    class Killed(BaseException):
+        pass
+
+    class Interrupted(Dataset):
+        def batch(self, seed, step, size):
+            if step == 3:
+                raise Killed  # between two saves
+            return super().batch(seed, step, size)
+
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", Interrupted(**vars(dataset)), initial)
+    resumed = train(tmp_path / "killed", dataset, initial)
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert (tmp_path / "whole" / "recipe.json").exists()
+
+
+def test_loss_is_the_squared_error_of_the_velocity(dataset, initial):
+    """Networks whose output is zero (as at the start) leave the mean square of noise - x."""
+    networks = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: flow.Networks(SMALL, nnx.Rngs(0)))), initial)
+    empty = {"empty_t5": dataset.empty_t5, "empty_clip": dataset.empty_clip}
+    batch = jax.tree.map(jnp.asarray, dataset.batch(0, 0, 20) | empty)
+    rope = jnp.ones((2, 16 + 4, 8), jnp.float32)
+    key = jax.random.key(1)
+    loss = flow.flow_loss(networks, batch, key, rope, SMALL, RECIPE)
+    noise = jax.random.normal(jax.random.split(key, 3)[1], (20, 4, 8))
+    assert float(loss) == pytest.approx(float(jnp.square(noise - batch["tokens"]).mean()), rel=1e-5)
+
+
+def test_guidance_phase_starts_from_its_teacher_and_moves(tmp_path, dataset, initial):
+    teacher = jax.tree.map(lambda x: x + 0.05 * jnp.ones_like(x), initial)
+    student = train(tmp_path / "guidance", dataset, teacher, teacher=teacher)
+    moved = [float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (student, teacher)), strict=True)]
+    assert max(moved) > 0
+    assert np.isfinite(moved).all()
+
+
+def test_examples_depend_on_seed_and_index_alone():
+    assert example(1, 5) == example(1, 5)
+    assert len({example(1, i)[0] for i in range(50)}) > 30
+    texts = [example(2, i)[0] for i in range(300)]
+    capital, stop = (sum(f(t) for t in texts) / 300 for f in (lambda t: t[0].isupper(), lambda t: t.endswith(".")))
+    assert 0.1 < capital < 0.25
+    assert 0.1 < stop < 0.25
