@@ -93,7 +93,7 @@ def assemble(
     filled = []
     for batch in _batches(nnx.to_flat_state(state)):
         layers = {path: layer_names(dotted(path), v.shape[0] if v.shape else 0) for path, v in batch}
-        names = {path: [dotted(path)] if layers[path] is None else layers[path] for path, _ in batch}
+        names = {path: [dotted(path)] if each is None else each for path, each in layers.items()}
         weights = dict(read([name for each in names.values() for name in each]))
         for path, variable in batch:
             parts = [weights.pop(name) for name in names[path]]
