@@ -18,9 +18,10 @@ from convert.engine import Weight, expected
 from convert.reader import FLOATS
 from convert.rules import FORMATS
 from convert.sources import TOKENIZER_FOLDERS
-from flux_jax.checkpoint import Checkpoint, disk_is_full, publish, sync_tree
+from flux_jax.checkpoint import Checkpoint
 from flux_jax.errors import UserError
 from flux_jax.parts import PARTS, abstract_part, leaf_table
+from flux_jax.storage import disk_is_full, publish, sync_tree
 
 CLASSES = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],

@@ -10,13 +10,10 @@ a part without this package. Version first, then each name, shape and dtype of t
 metadata, and only then arrays: Orbax would cast a wrong dtype without a word.
 """
 
-import errno
 import importlib.metadata
 import importlib.resources
 import json
 import math
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +26,7 @@ from flax import nnx
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.parts import PARTS, Placement, abstract_part, assemble, leaf_table, leaves
+from flux_jax.storage import disk_is_full, flatten, lined_json, nest, publish, sync_tree
 
 MANIFEST = "flux_jax.json"
 VERSION = 1  # of the format; raised when an older reader would misread a newer checkpoint
@@ -66,9 +64,7 @@ class Checkpoint:
             config = FluxConfig.from_json(manifest["configs"])
         except ValueError as error:
             raise UserError(f"{directory / MANIFEST}: {error}") from None
-        for part, entry in manifest["parts"].items():
-            if part not in PARTS:
-                raise UserError(f"{directory / MANIFEST}: unknown part {part!r}, must be of {', '.join(PARTS)}")
+        for entry in manifest["parts"].values():
             _inside(directory, entry["path"])
         if manifest["tokenizers"] is not None:
             _inside(directory, manifest["tokenizers"])
@@ -283,7 +279,10 @@ class Writer:
     def _flush(self) -> None:
         from orbax.checkpoint import v1 as ocp
 
-        ocp.partial.save(self.working.absolute() / self._part(), nest(self._held))
+        context = ocp.Context()
+        context.memory.deepcopy_host_arrays = False  # nobody changes these arrays while they are written
+        with context:
+            ocp.partial.save(self.working.absolute() / self._part(), nest(self._held))
         self._held, self._flushed = {}, True
 
     def _end_part(self) -> None:
@@ -296,68 +295,6 @@ class Writer:
         elif self._held:  # a small part is one tree written at once
             ocp.save(self.working.absolute() / self._part(), nest(self._held))
         self._held, self._flushed = {}, False
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} -> {"a": {"b": x}}"""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, last = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The inverse of `nest`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def publish(working: Path, final: Path) -> None:
-    """Renames a complete directory to its name; one of that name that was there goes once the new one stands."""
-    old = final.with_name(final.name + ".old")
-    if final.exists():
-        os.rename(final, old)
-    os.rename(working, final)
-    _sync(final.absolute().parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync_tree(directory: Path) -> None:
-    """fsync of every file and folder below, so that the rename that follows never names data that is not there."""
-    for folder, _, files in os.walk(directory):
-        for file in files:
-            _sync(Path(folder) / file)
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """True for the operating system's error, and for TensorStore's, which carries it as text."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    return bool(re.search(r"No space left|ENOSPC|Disk quota exceeded|File too large", str(error)))
-
-
-def lined_json(value: Any, indent: str = "") -> str:
-    """JSON with a line for each entry of an object and lists kept on theirs, so that a weight is a line."""
-    if not isinstance(value, Mapping) or not value:
-        return json.dumps(value)
-    inner = indent + "  "
-    rows = ",\n".join(f"{inner}{json.dumps(key)}: {lined_json(item, inner)}" for key, item in value.items())
-    return f"{{\n{rows}\n{indent}}}"
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -375,6 +312,14 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise UserError(f"{path} has format version {version}, this flux_jax reads version {VERSION}: upgrade flux_jax")
     if missing := {"configs", "quantization", "tokenizers", "parts"} - manifest.keys():
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
+    parts, tokenizers = manifest["parts"], manifest["tokenizers"]
+    if not isinstance(parts, dict) or not (tokenizers is None or isinstance(tokenizers, str)):
+        raise UserError(f"{path} is damaged: parts must be an object, tokenizers a path or null")
+    for part, entry in parts.items():
+        if part not in PARTS:
+            raise UserError(f"{path}: unknown part {part!r}, must be of {', '.join(PARTS)}")
+        if not isinstance(entry, dict) or type(entry.get("path")) is not str or type(entry.get("weights")) is not dict:
+            raise UserError(f"{path} is damaged: the {part} needs a path and a table of weights")
     return manifest
 
 

@@ -17,9 +17,10 @@ import tiny_model
 from orbax.checkpoint import v1 as ocp
 
 from flux_jax import checkpoint
-from flux_jax.checkpoint import MANIFEST, Checkpoint, Writer, flatten, resolve, save
+from flux_jax.checkpoint import MANIFEST, Checkpoint, Writer, resolve, save
 from flux_jax.errors import UserError
 from flux_jax.parts import PARTS, leaves
+from flux_jax.storage import flatten, nest
 
 CONFIG = tiny_model.config()
 # When one of its reads or writes fails, Orbax closes the event loop under the others, and each of them says so.
@@ -178,7 +179,7 @@ def test_files_that_lack_a_weight(saved):
     tree = flatten(ocp.load(saved.absolute() / "clip"))
     del tree["final_norm.bias"]
     shutil.rmtree(saved / "clip")
-    ocp.save(saved.absolute() / "clip", checkpoint.nest(tree))
+    ocp.save(saved.absolute() / "clip", nest(tree))
     with pytest.raises(UserError, match=r"missing in the files: final_norm\.bias"):
         Checkpoint.open(saved).load("clip")
 
@@ -194,6 +195,22 @@ def test_other_format_versions(saved, version):
 def test_damaged_manifest(saved, content):
     (saved / MANIFEST).write_text(content)
     with pytest.raises(UserError, match="damaged"):
+        Checkpoint.open(saved)
+
+
+@pytest.mark.parametrize("parts", [[], {"clip": []}, {"clip": {"path": 3, "weights": {}}}, {"clip": {"path": "clip"}}])
+def test_damaged_table_of_parts(saved, parts):
+    edit(saved, lambda m: m.update(parts=parts))
+    with pytest.raises(UserError, match="damaged"):
+        Checkpoint.open(saved)
+
+
+def test_damaged_row_and_unknown_part(saved):
+    edit(saved, lambda m: m["parts"]["clip"]["weights"].update({"final_norm.weight": "float32"}))
+    with pytest.raises(UserError, match="damaged table of the clip"):
+        Checkpoint.open(saved).load("clip")
+    edit(saved, lambda m: m["parts"].update(unet=m["parts"]["clip"]))
+    with pytest.raises(UserError, match="unknown part 'unet'"):
         Checkpoint.open(saved)
 
 
