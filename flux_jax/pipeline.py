@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from flux_jax import denoise, images, inputs, sampling
 from flux_jax.checkpoint import Checkpoint
@@ -223,6 +223,9 @@ class FluxPipeline:
                 self._not_finite(int(finite.argmin()), steps, seed)
             return x
         modulation = clock.run("denoise", denoise.modulations, self.transformer, sigmas, conditions)
+        # Where the step's result will lie: arrays that are placed otherwise would compile the step a second time.
+        place = replicated(self.transformer)
+        x = jax.device_put(x, place)
         for i in range(steps):
             x, denoised, finite = clock.run(
                 "denoise", denoise.step, self.transformer, x, sigmas, conditions, modulation, np.int32(i)
@@ -234,7 +237,7 @@ class FluxPipeline:
             tensors = {"latents": np.array(x)[None], "denoised": np.asarray(denoised)[None]}
             changed = callback(self, i, 1000 * float(sigmas[i]), tensors)
             if changed and "latents" in changed:
-                x = jax.device_put(np.array(changed["latents"], np.float32).reshape(x.shape))
+                x = jax.device_put(np.array(changed["latents"], np.float32).reshape(x.shape), place)
             if self.interrupt:
                 break
         return x
@@ -275,6 +278,12 @@ def resolve_dtype(dtype: Any) -> Any:
     if isinstance(dtype, str) and dtype == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(dtype)
+
+
+def replicated(module: nnx.Module) -> Sharding:
+    """The sharding of an array that lies whole on every device that the module's weights lie on."""
+    sharding = jax.tree.leaves(module)[0].sharding
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
 
 class _Clock:
