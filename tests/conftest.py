@@ -8,6 +8,7 @@ import tempfile
 import hypothesis
 import jax
 import numpy as np
+import parity
 import pytest
 
 CACHE = tempfile.TemporaryDirectory(prefix="flux-jax-tests-")
@@ -32,3 +33,10 @@ def fixed_seeds():
     np.random.seed(0)  # noqa: NPY002 - third-party code draws from it
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of the parity tests that ran."""
+    if parity.ROWS:
+        terminalreporter.section("parity: largest difference over the reference's largest value")
+        terminalreporter.write_line(parity.table())

@@ -15,7 +15,6 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +30,7 @@ from flux_jax.models.clip import CLIPText
 from flux_jax.models.t5 import T5Encoder
 from flux_jax.models.transformer import Transformer
 from flux_jax.nano.data import Dataset
+from flux_jax.nano.runs import Folder, write_whole
 from flux_jax.sampling import position_ids, shift_mu
 
 NO_GUIDANCE = 1.0  # the guidance input that stands for the plain conditional velocity
@@ -167,10 +167,7 @@ class Trainer:
     """One phase of training: state on the devices, checkpoints and metrics in `folder`."""
 
     def __init__(self, folder: Path, config: FluxConfig, recipe: Recipe, initial: dict, teacher: dict | None = None):
-        from orbax.checkpoint import v1 as ocp
-
-        self.folder, self.config, self.recipe, self.teacher = folder, config, recipe, teacher
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.config, self.recipe, self.teacher = Folder(folder), config, recipe, teacher
         self.mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.graph = nnx.graphdef(nnx.eval_shape(lambda: Networks(config, nnx.Rngs(0))))
@@ -178,18 +175,12 @@ class Trainer:
         self.rope = jnp.asarray(rotary(ids, config.transformer.axes_dim, config.transformer.theta))
         params, ema = (jax.tree.map(jnp.copy, initial) for _ in range(2))  # updates donate their buffers
         state = {"params": params, "ema": ema, "optimizer": jax.jit(optimizer(recipe).init)(params)}
-        self.state = jax.device_put(state, self.replicated)
-        self.checkpoints = ocp.training.Checkpointer(
-            folder.absolute() / "checkpoints", preservation_policy=ocp.training.preservation_policies.LatestN(2)
-        )
-        self.step = 0
-        if latest := self.checkpoints.latest:
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
-            self.state, self.step = self.checkpoints.load(latest, abstract), latest.step
+        self.state, self.step = self.folder.restore(jax.device_put(state, self.replicated))
 
     def run(self, dataset: Dataset, save_every: int = 500, log_every: int = 50) -> dict:
         """Train to the recipe's last step; returns the averaged parameters."""
-        (self.folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(self.recipe), indent=1) + "\n")
+        recipe = json.dumps(dataclasses.asdict(self.recipe), indent=1) + "\n"
+        write_whole(self.folder.path / "recipe.json", lambda stream: stream.write(recipe.encode()))
         by_example = NamedSharding(self.mesh, PartitionSpec("data"))
         empty = {"empty_t5": dataset.empty_t5, "empty_clip": dataset.empty_clip}
         empty = jax.device_put(empty, self.replicated)
@@ -212,36 +203,17 @@ class Trainer:
             if self.step % log_every == 0:
                 mean = float(np.mean(jax.device_get(losses)))
                 seconds, losses, start = time.perf_counter() - start, [], time.perf_counter()
-                self.log(step=self.step, loss=round(mean, 5), gradient_norm=round(float(norm), 4),
-                         samples_per_second=round(log_every * self.recipe.batch / seconds, 1))  # fmt: skip
+                self.folder.log(
+                    step=self.step,
+                    loss=round(mean, 5),
+                    gradient_norm=round(float(norm), 4),
+                    samples_per_second=round(log_every * self.recipe.batch / seconds, 1),
+                )
                 if not np.isfinite(mean):
                     raise FloatingPointError(f"the loss is {mean} at step {self.step}: lower --learning-rate")
             if self.step % save_every == 0 or self.step == self.recipe.steps:
-                self.checkpoints.save(self.step, self.state)
-                plot(self.folder)
+                self.folder.save(self.step, self.state)
         return self.state["ema"]
-
-    def log(self, **metrics: Any) -> None:
-        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **metrics})
-        print(line, flush=True)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(line + "\n")
-
-
-def plot(folder: Path) -> None:
-    """`metrics.jsonl` as `curve.png`, where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    if not rows:
-        return
-    axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1)
-    axes.set(xlabel="step", ylabel="loss", title=f"FLUX-nano, phase {folder.name}", yscale="log")
-    axes.grid(alpha=0.3)
-    figure.savefig(folder / "curve.png", dpi=120)
 
 
 def initial_params(config: FluxConfig, seed: int) -> dict:

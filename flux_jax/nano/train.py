@@ -66,10 +66,10 @@ def use_all_cores() -> None:
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    from flux_jax.nano.train_vae import train
+    from flux_jax.nano import autoencoder
 
     use_all_cores()
-    train(args.run / "vae", steps=args.steps, seed=args.seed)
+    autoencoder.train(args.run / "vae", steps=args.steps, seed=args.seed)
 
 
 def train_networks(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 
 from flux_jax import config, sampling
@@ -39,7 +40,7 @@ def test_schnell_is_not_shifted():
 def test_noise_levels_equal_diffusers(settings, tokens):
     reference = pytest.importorskip("torch_reference")
     expected = reference.run_scheduler(settings, 7, tokens)
-    np.testing.assert_allclose(sampling.sigmas(settings, 7, tokens), expected, atol=FLOAT32)
+    parity.check("schedule", sampling.sigmas(settings, 7, tokens), expected, FLOAT32)
 
 
 def test_patches_follow_the_published_order():

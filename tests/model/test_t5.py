@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 from flax import nnx
 
 from flux_jax.config import T5Config, dev
 from flux_jax.models.t5 import T5Encoder, relative_position_buckets
 
-PARITY = 2e-5  # of the reference's largest value: float32 sums in another order
 BF16 = 3e-2  # relative RMS error: rounding to 8 bits in each of a few layers
 SMALL = T5Config(
     vocab_size=96, d_model=48, d_ff=80, num_heads=3, head_dim=16, num_layers=3, num_buckets=8, max_distance=20
@@ -57,8 +57,7 @@ def test_equals_transformers(changes, batch, length):
     reference, ours, _ = reference_and_ours(config)
     ids = random_ids(config, batch, length)
     expected, actual = reference(ids), encode(ours, ids)
-    assert actual.shape == (batch, length, config.d_model)
-    assert np.abs(actual - expected).max() <= PARITY * np.abs(expected).max()
+    parity.check("T5", actual, expected)
 
 
 def test_position_bias_equals_transformers_at_published_size():

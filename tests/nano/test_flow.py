@@ -59,8 +59,9 @@ def test_a_resumed_run_is_the_same_run(tmp_path, dataset, initial):
         train(tmp_path / "killed", Interrupted(**vars(dataset)), initial)
     resumed = train(tmp_path / "killed", dataset, initial)
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
-    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4]
+    for name in ("whole", "killed"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [2, 4]
     assert (tmp_path / "whole" / "recipe.json").exists()
 
 

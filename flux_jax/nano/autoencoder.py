@@ -1,23 +1,17 @@
-"""Trains FLUX-nano's autoencoder on rendered scenes: `python -m flux_jax.nano.train_vae --out DIR --steps N`.
+"""FLUX-nano's autoencoder, trained on rendered scenes.
 
-In: nothing but a seed; step s of a run draws its scenes from (seed, s). Out, in DIR:
-    vae.npz        float32 weights, {dotted parameter path: array}
-    vae.json       config, seed, steps, held-out PSNR, mean and standard deviation of the unnormalised latents
-    metrics.jsonl  one line per LOG_EVERY steps
-    state.npz      everything that `--resume` needs; the resumed run is the same run
+In: nothing but a seed; step s of a run draws its scenes from (seed, s). Out, besides the files of every run:
+    vae.npz   float32 weights, {dotted parameter path: array}
+    vae.json  config, seed, steps, held-out PSNR, mean and standard deviation of the unnormalised latents
 Loss: |e| + 4 e^2 per pixel value (e on the [-1, 1] scale) plus KL_WEIGHT times the KL divergence to N(0, 1) per latent
 value. The weight is large for an autoencoder: it spends a decibel or two on latents that a small model can denoise.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import math
-import os
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +24,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from flux_jax.config import VAEConfig, nano
-from flux_jax.errors import UserError
 from flux_jax.models.vae import VAE
 from flux_jax.nano.captions import sample
+from flux_jax.nano.runs import Folder, write_whole
 from flux_jax.nano.world import render
 
 KL_WEIGHT = 1e-3
@@ -133,43 +127,13 @@ def evaluate(vae: VAE, seed: int, size: int) -> dict[str, Any]:
     }
 
 
-def write(path: Path, save: Callable[[Any], None]) -> None:
-    """Fills a file through `save(binary stream)` such that `path` is never half there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        save(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def save_state(path: Path, state: dict[str, Any], **numbers: float) -> None:
-    """All arrays of `state` and some plain numbers into one .npz."""
-    leaves = {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)}
-    write(path, lambda stream: np.savez(stream, **leaves, **numbers))
-
-
-def load_state(path: Path, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """The inverse of `save_state`: `state` with its arrays replaced, and the numbers by name."""
-    with np.load(path) as file:
-        stored = dict(file)
-    leaves = jax.tree_util.tree_map_with_path(lambda k, _: jnp.asarray(stored.pop(jax.tree_util.keystr(k))), state)
-    return leaves, {name: value.item() for name, value in stored.items()}
-
-
-def keep_lines(path: Path, step: int) -> None:
-    """Drops the lines of a metrics file beyond `step`: a resumed run writes them again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-        write(path, lambda stream: stream.write("".join(lines).encode()))
-
-
 class Run:
     """A training with its steps counted: state {"params", "optimizer"}, made from the seed."""
 
     def __init__(self, config: VAEConfig, size: int, seed: int, steps: int):
         self.size, self.seed, self.steps = size, seed, steps
         self.graph, params = nnx.split(VAE(config, rngs=nnx.Rngs(seed)))
+        params = nnx.to_pure_dict(params)
         self.tx = optimizer(steps)
         mesh = jax.make_mesh((math.gcd(WHOLE, jax.device_count()),), ("data",), axis_types=(AxisType.Auto,))
         self.by_picture, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
@@ -187,41 +151,13 @@ class Run:
         return nnx.merge(self.graph, self.state["params"])
 
 
-def steps_in(minutes: float, config: VAEConfig, size: int) -> int:
-    """How many steps of a training fit into a time, measured on a run that is thrown away."""
-    run, seconds = Run(config, size, 0, 100), []
-    for step in (0, 99):  # of 100: on crops, on whole pictures
-        jax.block_until_ready(run.advance(step))
-        start = time.monotonic()
-        for _ in range(10):
-            jax.block_until_ready(run.advance(step))
-        seconds.append((time.monotonic() - start) / 10)
-    return max(1, int(60 * minutes / (CROP_SHARE * seconds[0] + (1 - CROP_SHARE) * seconds[1])))
-
-
-def train(out: Path, *, steps: int | None, minutes: float, seed: int, resume: bool) -> None:
-    """Runs or resumes a training; see the top of the file. Without `steps`, as many as fit into `minutes`: the number
-    is stored and printed, and with it the run can be repeated. Raises UserError where `out` and `resume` disagree."""
-    config, size = nano().vae, nano().sampling.height
-    saved, log = out / "state.npz", out / "metrics.jsonl"
-    if resume != saved.exists():
-        hint = "leave out --resume to start one" if resume else "continue it with --resume or choose another --out"
-        raise UserError(f"{out} holds {'no' if resume else 'a'} training to continue; {hint}.")
-    out.mkdir(parents=True, exist_ok=True)
-    first, elapsed = 0, 0.0
-    if resume:
-        with np.load(saved) as file:
-            steps, seed = int(file["steps"]), int(file["seed"])
-    steps = steps or steps_in(minutes, config, size)
-    run = Run(config, size, seed, steps)
-    if resume:
-        state, numbers = load_state(saved, run.state)
-        run.state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, run.state))
-        first, elapsed = int(numbers["step"]), numbers["elapsed"]
-    print(f"{out}: steps {first} to {steps}, seed {seed}", file=sys.stderr)
-    keep_lines(log, first)
-
-    begin, last, samples = time.monotonic() - elapsed, time.monotonic(), 0
+def train(out: Path, *, steps: int, seed: int, config: VAEConfig | None = None, size: int | None = None) -> None:
+    """Runs a training in the folder `out`, or goes on with it; config and size of the pictures are nano's by default.
+    FloatingPointError when the loss is no longer finite."""
+    config, size = config or nano().vae, size or nano().sampling.height
+    run, folder = Run(config, size, seed, steps), Folder(out)
+    run.state, first = folder.restore(run.state)
+    last, samples = time.monotonic(), 0
     for step in range(first, steps):
         terms = run.advance(step)
         samples += CROPS if step < CROP_SHARE * steps else WHOLE
@@ -229,49 +165,21 @@ def train(out: Path, *, steps: int | None, minutes: float, seed: int, resume: bo
         if done % LOG_EVERY == 0 or done == steps:
             numbers = {name: float(value) for name, value in terms.items()}
             if not np.isfinite(numbers["loss"]):
-                raise UserError(f"the loss is {numbers['loss']} at step {done}; lower LEARNING_RATE.", exit_code=1)
-            now = time.monotonic()
-            line = {
-                "step": done,
-                "loss": round(numbers["loss"], 5),
-                "psnr": round(float(psnr(numbers["mse"])), 2),
-                "kl": round(numbers["kl"], 4),
-                "samples_per_s": round(samples / (now - last), 2),
-                "elapsed": round(now - begin, 1),
-            }
-            with log.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-            print(json.dumps(line), file=sys.stderr, flush=True)
-            last, samples = now, 0
+                raise FloatingPointError(f"the loss is {numbers['loss']} at step {done}: lower LEARNING_RATE")
+            folder.log(
+                step=done,
+                loss=round(numbers["loss"], 5),
+                psnr=round(float(psnr(numbers["mse"])), 2),
+                kl=round(numbers["kl"], 4),
+                samples_per_second=round(samples / (time.monotonic() - last), 1),
+            )
+            last, samples = time.monotonic(), 0
         if done % SAVE_EVERY == 0 or done == steps:
-            save_state(saved, run.state, step=done, steps=steps, seed=seed, elapsed=time.monotonic() - begin)
+            folder.save(done, run.state)
 
     result = {"config": dataclasses.asdict(config), "size": size, "seed": seed, "steps": steps}
     result |= {"kl_weight": KL_WEIGHT, "learning_rate": LEARNING_RATE} | evaluate(run.vae(), seed, size)
-    weights = {".".join(map(str, path)): np.asarray(p[...]) for path, p in nnx.to_flat_state(run.state["params"])}
-    write(out / "vae.npz", lambda stream: np.savez(stream, **weights))
-    write(out / "vae.json", lambda stream: stream.write(json.dumps(result, indent=1).encode()))
+    weights = {".".join(map(str, path)): np.asarray(p[...]) for path, p in nnx.to_flat_state(nnx.state(run.vae()))}
+    write_whole(out / "vae.npz", lambda stream: np.savez(stream, **weights))
+    write_whole(out / "vae.json", lambda stream: stream.write(json.dumps(result, indent=1).encode()))
     print(f"held-out PSNR {result['psnr']:.2f} dB, latents {result['latent_mean']:.4f} +- {result['latent_std']:.4f}")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m flux_jax.nano.train_vae", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory for weights, state and metrics")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="length of the training")
-    length.add_argument("--minutes", type=float, default=15.0, help="length in time, turned into steps (default: 15)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from DIR/state.npz, with its steps and seed")
-    options = vars(parser.parse_args(arguments))
-    # One CPU device per core: convolutions of few channels do not fill several cores, a batch cut in two does.
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    try:
-        train(options.pop("out"), **options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
