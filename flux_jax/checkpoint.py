@@ -1,8 +1,8 @@
 """Checkpoints on disk: written whole or not at all, read only after everything about them has been checked.
 
-NAME/flux_jax.json format version, configs, quantization, source, licence, versions, table of weights
-NAME/{transformer,t5,clip,vae}/ one Orbax v1 tree per part, a leaf per weight and layer (see `flux_jax.parts`)
-NAME/tokenizers/{t5,clip}/ the tokenizers' own files
+    NAME/flux_jax.json                 format version, configs, quantization, source, licence, versions, table of weights
+    NAME/{transformer,t5,clip,vae}/    one Orbax v1 tree per part, a leaf per weight and layer (see `flux_jax.parts`)
+    NAME/tokenizers/{t5,clip}/         the tokenizers' own files
 
 In: a directory or an alias. Out: `Checkpoint`, whose `load` gives one part as an NNX module on the devices asked for.
 The arrays are stored as numpy arrays, so nothing in the files speaks of devices, and `orbax.checkpoint.v1.load` reads
@@ -38,9 +38,7 @@ PACKAGES = ("flux-jax-ternary", "jax", "flax", "orbax-checkpoint", "numpy")
 
 
 def resolve(name: str | Path) -> Path:
-    """The directory of a checkpoint: a path, or an alias for one inside the package. UserError (exit code 3) if
-    unknown.
-    """
+    """A checkpoint's directory: a path, or an alias for one in the package. UserError (exit code 3) if unknown."""
     if str(name) in ALIASES:
         return Path(str(importlib.resources.files("flux_jax"))) / "nano" / "data" / ALIASES[str(name)]
     if Path(name).is_dir():

@@ -1,6 +1,6 @@
 """Directories and trees on disk, for whatever is written whole or not at all.
 
-In: a finished working directory, to be brought to the disk and given its name; weights by dotted name, to make a tree of.
+In: a finished working directory, to be brought to the disk and given its name; weights by dotted name, for a tree.
 """
 
 import errno
