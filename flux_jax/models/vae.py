@@ -1,9 +1,9 @@
 """FLUX's convolutional autoencoder (the paper's KL autoencoder without its two 1 x 1 convolutions).
 
 Pictures float [b, h, w, image_channels] in [-1, 1] <-> latents [b, h / factor, w / factor, latent_channels], with
-factor 2 ** (levels - 1) and h, w multiples of it. Each level is a few residual blocks; between levels the encoder halves
-by a strided convolution and the decoder doubles by repeating pixels; one attention over all positions sits in the middle.
-Architecture: Rombach et al. 2022 (arXiv 2112.10752), appendix; the published weights are `AutoencoderKL` of diffusers.
+factor 2 ** (levels - 1) and h, w multiples of it. Each level is a few residual blocks; between levels the encoder
+halves by a strided convolution and the decoder doubles by repeating pixels; attention over all positions is in the
+middle. Architecture: Rombach et al. 2022 (arXiv 2112.10752), appendix; as published, diffusers' `AutoencoderKL`.
 """
 
 import jax
@@ -102,9 +102,7 @@ class Level(nnx.Module):
     pixel 2 x 2) or None.
     """
 
-    def __init__(
-        self, d_in: int, d_out: int, layers: int, groups: int, *, resample: str | None, dtype=jnp.float32, rngs: nnx.Rngs
-    ):
+    def __init__(self, d_in: int, d_out: int, layers: int, groups: int, resample: str | None, *, dtype, rngs: nnx.Rngs):
         self.resnets = nnx.List(
             ResnetBlock(d_in if i == 0 else d_out, d_out, groups, dtype=dtype, rngs=rngs) for i in range(layers)
         )
@@ -121,13 +119,13 @@ class Level(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Pictures [b, h, w, image_channels] -> [b, h / factor, w / factor, 2 * latent_channels]: mean, then log variance."""
+    """Pictures [b, h, w, image_channels] -> mean and log variance, [b, h / factor, w / factor, 2 * latent_channels]."""
 
     def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         channels, groups = config.channels, config.norm_groups
         self.conv_in = Conv(config.image_channels, channels[0], 3, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(
-            Level(d_in, d_out, config.layers_per_block, groups, resample=resample, dtype=dtype, rngs=rngs)
+            Level(d_in, d_out, config.layers_per_block, groups, resample, dtype=dtype, rngs=rngs)
             for d_in, d_out, resample in _levels(channels, "halve")
         )
         self.mid = Middle(channels[-1], groups, dtype=dtype, rngs=rngs)
@@ -142,14 +140,14 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents [b, h, w, latent_channels] -> pictures [b, h * factor, w * factor, image_channels]; deepest level first."""
+    """Latents [b, h, w, latent_channels] -> pictures [b, h * factor, w * factor, image_channels]; deepest first."""
 
     def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         channels, groups = config.channels[::-1], config.norm_groups
         self.conv_in = Conv(config.latent_channels, channels[0], 3, dtype=dtype, rngs=rngs)
         self.mid = Middle(channels[0], groups, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(
-            Level(d_in, d_out, config.layers_per_block + 1, groups, resample=resample, dtype=dtype, rngs=rngs)
+            Level(d_in, d_out, config.layers_per_block + 1, groups, resample, dtype=dtype, rngs=rngs)
             for d_in, d_out, resample in _levels(channels, "double")
         )
         self.norm_out = GroupNorm(channels[-1], groups, dtype=dtype)
@@ -164,13 +162,12 @@ class Decoder(nnx.Module):
 
 def _levels(channels: tuple[int, ...], resample: str) -> list[tuple[int, int, str | None]]:
     """(channels in, channels out, resample) of each level; the last one keeps its resolution."""
-    return [
-        (channels[max(i - 1, 0)], width, resample if i + 1 < len(channels) else None) for i, width in enumerate(channels)
-    ]
+    inputs = (channels[0], *channels[:-1])
+    return list(zip(inputs, channels, [resample] * (len(channels) - 1) + [None], strict=True))
 
 
 class VAE(nnx.Module):
-    """Encoder, decoder and the normalisation of latents. Inputs may be of any float dtype; outputs have the weights'."""
+    """Encoder, decoder and the normalisation of latents. Inputs of any float dtype; outputs have the weights' dtype."""
 
     def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -190,7 +187,7 @@ class VAE(nnx.Module):
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def encode(self, images: Float[Array, "b h w i"], key: jax.Array | None = None) -> Float[Array, "b h2 w2 c"]:
-        """Latents (z - shift) * scale of images in [-1, 1]: z is the posterior's mode, or a sample where key is given."""
+        """Latents (z - shift) * scale of images in [-1, 1]; z: the posterior's mode, or a sample where key is given."""
         z, log_variance = self.moments(images)
         if key is not None:
             z = z + jnp.exp(0.5 * log_variance) * jax.random.normal(key, z.shape, z.dtype)
