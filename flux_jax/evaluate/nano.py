@@ -6,10 +6,11 @@ seed `seed + i`, whatever else is drawn; pictures that are there already are jud
 """
 
 import dataclasses
+import io
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from tqdm import tqdm
 from flux_jax import images
 from flux_jax.nano.captions import EVALUATION, Caption, evaluation_captions
 from flux_jax.nano.oracle import Verdict, score
-from flux_jax.pipeline import FluxPipeline
 
 Z95 = 1.959964  # of the standard normal distribution: 2.5 % lie above
 
@@ -42,20 +42,19 @@ def tasks(seed: int = 0, every: int = 1) -> list[Task]:
     return [Task(i, caption, seed + i) for i, caption in enumerate(evaluation_captions())][::every]
 
 
-def evaluate(pipe: FluxPipeline, out: Path, *, seed: int = 0, every: int = 1, **sampling: Any) -> dict[str, Any]:
+def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int = 1, **sampling: Any) -> dict[str, Any]:
     """Draw what is missing, judge everything, write the files named above; returns the summary.
 
-    sampling: arguments of `FluxPipeline.__call__`, such as num_inference_steps and guidance_scale.
+    pipe: a `FluxPipeline`, or what is called like one. sampling: its further arguments, such as guidance_scale.
     """
     planned, seconds = tasks(seed, every), {"draw": 0.0, "judge": 0.0}
     rows = []
     for task in tqdm(planned, desc="evaluate", mininterval=2):
         start, path = time.perf_counter(), task.path(out)
         if not path.exists():
-            picture = pipe(task.caption.text, seed=task.seed, **sampling).images[0]
-            record = {"prompt": task.caption.text, "seed": task.seed, **sampling}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            images.write_png(path, picture, record)
+            buffer = io.BytesIO()
+            pipe(task.caption.text, seed=task.seed, **sampling).images[0].save(buffer, format="png")
+            images.write_whole(path, buffer.getvalue(), overwrite=False)
         drawn = time.perf_counter()
         verdict = score(np.asarray(Image.open(path).convert("RGB")), task.caption)
         rows.append(row(task, verdict))

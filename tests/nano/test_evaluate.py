@@ -1,0 +1,91 @@
+"""The evaluation: a perfect painter scores 1, a blind one 0, intervals are Wilson's, nothing is drawn twice."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from flux_jax.evaluate import nano
+from flux_jax.evaluate.__main__ import main
+from flux_jax.nano.captions import EVALUATION, evaluation_captions, parse, scene_for
+from flux_jax.nano.world import render
+
+EVERY = 23  # a subset with every tag in it
+
+
+class Painter:
+    """Stands for a pipeline: draws through `paint(prompt, seed)` and counts."""
+
+    def __init__(self, paint):
+        self.paint, self.calls = paint, []
+
+    def __call__(self, prompt, seed, **sampling):
+        self.calls.append((prompt, seed))
+        return SimpleNamespace(images=[Image.fromarray(self.paint(prompt, seed))])
+
+
+def perfect(prompt, seed):
+    return render(scene_for(np.random.default_rng(seed), parse(prompt), "held_out"))
+
+
+def blind(prompt, seed):
+    return np.random.default_rng(seed).integers(0, 256, (128, 128, 3)).astype(np.uint8)
+
+
+def test_a_perfect_painter_scores_one_and_is_not_asked_twice(tmp_path):
+    painter = Painter(perfect)
+    result = nano.evaluate(painter, tmp_path, seed=5, every=EVERY)
+    assert result["overall"]["score"] == result["exact"] == 1
+    assert result["tags"].keys() == EVALUATION.keys()
+    planned = nano.tasks(5, EVERY)
+    assert painter.calls == [(task.caption.text, task.seed) for task in planned]
+    assert all(task.path(tmp_path).is_file() for task in planned)
+    rows = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [task.caption.text for task in planned]
+    assert all(row["objects"] for row in rows)
+
+    planned[3].path(tmp_path).unlink()
+    assert nano.evaluate(painter, tmp_path, seed=5, every=EVERY)["overall"] == result["overall"]
+    assert len(painter.calls) == len(planned) + 1
+
+
+def test_a_blind_painter_scores_nothing(tmp_path):
+    result = nano.evaluate(Painter(blind), tmp_path, every=EVERY)
+    assert result["overall"]["score"] == result["recognisable"] == 0
+
+
+def test_overall_is_the_mean_over_tags():
+    rows = [
+        {"tag": tag, "correct": i < right, "exact": False, "recognisable": True}
+        for tag, right, count in (("colors", 3, 4), ("counting", 1, 10))
+        for i in range(count)
+    ]
+    result = nano.summary(rows)
+    assert result["overall"]["score"] == pytest.approx((0.75 + 0.1) / 2)
+    margin = 1.959964 * np.sqrt(0.75 * 0.25 / 4 + 0.1 * 0.9 / 10) / 2
+    np.testing.assert_allclose(result["overall"]["interval"], [0.425 - margin, 0.425 + margin], atol=1e-6)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 7), (7, 7), (40, 99), (1, 1)])
+def test_interval_is_wilsons(right, count):
+    expected = stats.binomtest(right, count).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(nano.wilson(right, count), [expected.low, expected.high], atol=1e-6)
+
+
+def test_tasks_are_genevals():
+    captions = evaluation_captions()
+    assert [task.caption for task in nano.tasks()] == list(captions)
+    assert {tag: sum(c.tag == tag for c in captions) for tag in EVALUATION} == EVALUATION
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [(["--model", "no-such-model"], 3, "no-such-model"), (["--every", "0"], 2, "--every")],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, code, message):
+    assert main(["nano", "--out", str(tmp_path / "out"), *arguments]) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
