@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from flux_jax.errors import UserError
 from flux_jax.models.vae import VAE
 from flux_jax.nano import vocabulary
 from flux_jax.nano.captions import VOCABULARY
+from flux_jax.parts import leaves
 from flux_jax.tokenizers import Tokenizers
 
 LICENCE = "Apache-2.0"
@@ -52,6 +54,17 @@ def tokenizers(run: Path, config: FluxConfig) -> Tokenizers:
     return Tokenizers.load(folder, config)
 
 
+def digests(parts: Mapping[str, nnx.Module]) -> dict[str, str]:
+    """SHA-256 of each part's weights, in order of their names: two trainings never look the same."""
+    found = {}
+    for part, module in parts.items():
+        digest = hashlib.sha256()
+        for name, value in sorted(leaves(module), key=lambda item: item[0]):
+            digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+        found[part] = digest.hexdigest()
+    return found
+
+
 def export(run: Path, out: Path, card: str, overwrite: bool = False) -> None:
     """Write the checkpoint; see the module's docstring."""
     from flux_jax.nano.flow import Recipe, Trainer, initial_params
@@ -69,7 +82,7 @@ def export(run: Path, out: Path, card: str, overwrite: bool = False) -> None:
         parts,
         tokenizers=run / "tokenizers",
         overwrite=overwrite,
-        source={"from": f"flux_jax.nano.train, phase {phase}, step {trainer.step}"},
+        source={"from": f"flux_jax.nano.train, phase {phase}, step {trainer.step}", "sha256": digests(parts)},
         licence=LICENCE,
     )
     for name in ("vae", "flow", "guidance"):
