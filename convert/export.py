@@ -21,7 +21,7 @@ from convert.sources import TOKENIZER_FOLDERS
 from flux_jax.checkpoint import Checkpoint
 from flux_jax.errors import UserError
 from flux_jax.parts import PARTS, abstract_part, leaf_table
-from flux_jax.storage import disk_is_full, publish, sync_tree
+from flux_jax.storage import begin, disk_is_full, publish, working_name
 
 CLASSES = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -48,15 +48,12 @@ def export(name: str | Path, out: Path, *, quiet: bool = False) -> None:
         raise UserError(f"{out} exists already: choose another name")
     if missing := PARTS.keys() - set(checkpoint.parts):
         raise UserError(f"{checkpoint.directory} has no {', '.join(sorted(missing))}: diffusers needs every part")
-    working = out.with_name(out.name + ".partial")
-    if working.exists():
-        raise UserError(f"{working} is in the way, perhaps from an interrupted run: delete it")
+    working = working_name(out)
+    begin(working)
     try:
-        working.mkdir(parents=True)
         _write_small(checkpoint, working)
         for part, folder in configs.FOLDERS.items():
             _write_part(checkpoint, part, working / folder / WEIGHTS[part], quiet)
-        sync_tree(working)
         publish(working, out)
     except OSError as error:
         reason = "the disk is full" if disk_is_full(error) else error.strerror or str(error)

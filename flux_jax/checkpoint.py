@@ -1,6 +1,6 @@
 """Checkpoints on disk: written whole or not at all, read only after everything about them has been checked.
 
-    NAME/flux_jax.json                 format version, configs, quantization, source, licence, versions, table of weights
+    NAME/flux_jax.json                 format version, configs, quantization, source, licence, versions, weights' table
     NAME/{transformer,t5,clip,vae}/    one Orbax v1 tree per part, a leaf per weight and layer (see `flux_jax.parts`)
     NAME/tokenizers/{t5,clip}/         the tokenizers' own files
 
@@ -26,12 +26,11 @@ from flax import nnx
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.parts import PARTS, Placement, abstract_part, assemble, leaf_table, leaves
-from flux_jax.storage import disk_is_full, flatten, lined_json, nest, publish, sync_tree
+from flux_jax.storage import begin, disk_is_full, flatten, lined_json, nest, publish, working_name
 
 MANIFEST = "flux_jax.json"
 VERSION = 1  # of the format; raised when an older reader would misread a newer checkpoint
 TOKENIZERS = "tokenizers"
-WORKING = ".flux_jax_partial"  # marks a directory as an unfinished one of ours, safe to delete
 FLUSH_BYTES = 2**28  # weights held before they are written
 ALIASES = {"nano": "nano-bf16", "nano-bf16": "nano-bf16"}  # name -> folder in the package's data
 PACKAGES = ("flux-jax-ternary", "jax", "flax", "orbax-checkpoint", "numpy")
@@ -196,7 +195,7 @@ class Writer:
 
     def __init__(self, directory: str | Path, *, overwrite: bool = False):
         self.directory, self.overwrite = Path(directory), overwrite
-        self.working = self.directory.with_name(self.directory.name + ".partial")
+        self.working = working_name(self.directory)
         self._tables: dict[str, dict[str, tuple[str, list[int]]]] = {}
         self._held: dict[str, np.ndarray] = {}
         self._flushed = False
@@ -206,14 +205,7 @@ class Writer:
             raise UserError(f"{self.directory} exists already: choose another name, or give --overwrite to replace it")
         if self.overwrite and self.directory.exists() and not (self.directory / MANIFEST).is_file():
             raise UserError(f"{self.directory} is not a checkpoint, so it is not overwritten: choose another name")
-        if self.working.exists() and not (self.working / WORKING).is_file():
-            raise UserError(f"{self.working} is in the way and not ours: move it elsewhere")
-        shutil.rmtree(self.working, ignore_errors=True)
-        try:
-            self.working.mkdir(parents=True)
-            (self.working / WORKING).touch()
-        except OSError as error:
-            raise UserError(f"cannot write {self.working}: {error.strerror}") from error
+        begin(self.working)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -267,8 +259,6 @@ class Writer:
             "parts": {part: {"path": part, "weights": table} for part, table in self._tables.items()},
         }
         (self.working / MANIFEST).write_text(lined_json(manifest) + "\n")
-        (self.working / WORKING).unlink()
-        sync_tree(self.working)
         publish(self.working, self.directory)
 
     def _part(self) -> str:

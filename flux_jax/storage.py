@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flux_jax.errors import UserError
+
+MARK = ".flux_jax_partial"  # in an unfinished directory of ours: it may be deleted
+
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"a.b": x} -> {"a": {"b": x}}"""
@@ -33,8 +37,27 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def working_name(final: Path) -> Path:
+    """Where a directory is written before it gets its name: beside it, so that a rename is enough."""
+    return final.with_name(final.name + ".partial")
+
+
+def begin(working: Path) -> None:
+    """An empty working directory; one left by a crash is deleted. UserError where another's is in the way."""
+    if working.exists() and not (working / MARK).is_file():
+        raise UserError(f"{working} is in the way and not ours: move it elsewhere")
+    shutil.rmtree(working, ignore_errors=True)
+    try:
+        working.mkdir(parents=True)
+        (working / MARK).touch()
+    except OSError as error:
+        raise UserError(f"cannot write {working}: {error.strerror}") from error
+
+
 def publish(working: Path, final: Path) -> None:
-    """Renames a complete directory to its name; one of that name that was there goes once the new one stands."""
+    """Brings a complete working directory to the disk and gives it its name; one that had the name goes thereafter."""
+    (working / MARK).unlink()
+    sync_tree(working)
     old = final.with_name(final.name + ".old")
     if final.exists():
         os.rename(final, old)

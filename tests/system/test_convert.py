@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import hub, run
 from convert.__main__ import main
-from flux_jax import checkpoint
+from flux_jax import checkpoint, storage
 from flux_jax.checkpoint import Checkpoint
 
 BF16 = ml_dtypes.bfloat16
@@ -258,7 +258,7 @@ def test_the_disk_runs_full_on_the_way(folder, command, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "sync_tree", full)  # the last thing before the checkpoint gets its name
+    monkeypatch.setattr(storage, "sync_tree", full)  # the last thing before the checkpoint gets its name
     code, _, err = command(folder, tmp_path / "out")
     assert code == 2
     assert "full" in err
@@ -446,3 +446,18 @@ def test_exporting_what_diffusers_cannot_hold(tmp_path, command):
     assert code == 2
     assert "diffusers needs every part" in err
     assert command("--to", "diffusers", tmp_path / "nothing", tmp_path / "out")[0] == 3
+
+
+def test_an_export_that_fails_or_crashed(original, tmp_path, command, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "sync_tree", full)
+        code, _, err = command("--to", "diffusers", original, tmp_path / "out")
+    assert code == 2
+    assert "the disk is full; nothing was left behind" in err
+    storage.begin(tmp_path / "out.partial")  # as a killed run leaves it
+    assert command("--to", "diffusers", original, tmp_path / "out")[0] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert main(["--to", "diffusers", str(original), str(tmp_path / "out"), "-q"]) == 2  # it exists
