@@ -157,6 +157,7 @@ def train(out: Path, *, steps: int, seed: int, config: VAEConfig | None = None, 
     config, size = config or nano().vae, size or nano().sampling.height
     run, folder = Run(config, size, seed, steps), Folder(out)
     run.state, first = folder.restore(run.state)
+    folder.forget_after(first)
     last, samples = time.monotonic(), 0
     for step in range(first, steps):
         terms = run.advance(step)
@@ -180,6 +181,7 @@ def train(out: Path, *, steps: int, seed: int, config: VAEConfig | None = None, 
     result = {"config": dataclasses.asdict(config), "size": size, "seed": seed, "steps": steps}
     result |= {"kl_weight": KL_WEIGHT, "learning_rate": LEARNING_RATE} | evaluate(run.vae(), seed, size)
     weights = {".".join(map(str, path)): np.asarray(p[...]) for path, p in nnx.to_flat_state(nnx.state(run.vae()))}
+    # pyrefly: ignore[bad-argument-type] - to numpy's annotations any of them could be `allow_pickle`
     write_whole(out / "vae.npz", lambda stream: np.savez(stream, **weights))
     write_whole(out / "vae.json", lambda stream: stream.write(json.dumps(result, indent=1).encode()))
     print(f"held-out PSNR {result['psnr']:.2f} dB, latents {result['latent_mean']:.4f} +- {result['latent_std']:.4f}")

@@ -42,6 +42,7 @@ def load_or_build(
     """Read `path`, or render `count` scenes, encode them, and write `path` (whole or not at all)."""
     if not path.exists():
         partial = path.with_suffix(".partial.npz")
+        # pyrefly: ignore[bad-argument-type] - to numpy's annotations any of them could be `allow_pickle`
         np.savez(partial, **_build(vae, tokenizers, config.sampling, seed, count))
         os.replace(partial, path)
     with np.load(path) as arrays:

@@ -22,6 +22,7 @@ from flux_jax.errors import UserError
 from flux_jax.models.vae import VAE
 from flux_jax.nano import vocabulary
 from flux_jax.nano.captions import VOCABULARY
+from flux_jax.nano.card import card
 from flux_jax.parts import leaves
 from flux_jax.tokenizers import Tokenizers
 
@@ -65,8 +66,8 @@ def digests(parts: Mapping[str, nnx.Module]) -> dict[str, str]:
     return found
 
 
-def export(run: Path, out: Path, card: str, overwrite: bool = False) -> None:
-    """Write the checkpoint; see the module's docstring."""
+def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool = False) -> None:
+    """Write the checkpoint; see the module's docstring. evaluation: a folder of `flux_jax.evaluate`, for the card."""
     from flux_jax.nano.flow import Recipe, Trainer, initial_params
 
     config, vae = load_vae(run / "vae")
@@ -90,7 +91,7 @@ def export(run: Path, out: Path, card: str, overwrite: bool = False) -> None:
             if (run / name / file).exists():
                 (out / "training" / name).mkdir(parents=True, exist_ok=True)
                 shutil.copy(run / name / file, out / "training" / name / file)
-    (out / "README.md").write_text(card)
+    (out / "README.md").write_text(card(run, evaluation))
     sums = {
         p.relative_to(out): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.rglob("*")) if p.is_file()
     }

@@ -179,6 +179,7 @@ class Trainer:
 
     def run(self, dataset: Dataset, save_every: int = 500, log_every: int = 50) -> dict:
         """Train to the recipe's last step; returns the averaged parameters."""
+        self.folder.forget_after(self.step)
         recipe = json.dumps(dataclasses.asdict(self.recipe), indent=1) + "\n"
         write_whole(self.folder.path / "recipe.json", lambda stream: stream.write(recipe.encode()))
         by_example = NamedSharding(self.mesh, PartitionSpec("data"))

@@ -29,16 +29,17 @@ class Folder:
 
     def restore(self, state: Any) -> tuple[Any, int]:
         """(state, step) of the last checkpoint, each array placed as in `state`; (state, 0) where there is none."""
-        latest = self._checkpoints.latest
-        step = latest.step if latest else 0
+        if not (latest := self._checkpoints.latest):
+            return state, 0
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        return self._checkpoints.load(latest, abstract), latest.step
+
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics beyond `step`: a run that goes on from there writes them again."""
         if self.metrics.exists():
             lines = self.metrics.read_text().splitlines(keepends=True)
             kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
             write_whole(self.metrics, lambda stream: stream.write(kept.encode()))
-        if not latest:
-            return state, 0
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        return self._checkpoints.load(latest, abstract), step
 
     def save(self, step: int, state: Any) -> None:
         """A checkpoint, and the curve as it stands."""

@@ -18,7 +18,10 @@ from pathlib import Path
 from flux_jax.errors import UserError
 from flux_jax.nano.flow import Recipe, Trainer, initial_params
 
-STEPS = {"flow": 4000, "guidance": 600}
+RECIPES = {
+    "flow": Recipe(steps=4000),
+    "guidance": Recipe(steps=350, warmup=50, learning_rate=1e-3),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,15 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
     vae.add_argument("--steps", type=int, default=2500)
     vae.add_argument("--seed", type=int, default=0)
     vae.set_defaults(run_phase=train_vae)
-    for phase, steps in STEPS.items():
+    for phase, recipe in RECIPES.items():
         sub = phases.add_parser(phase, parents=[common], help="text encoders and transformer")
-        for field in dataclasses.fields(Recipe):
-            default = steps if field.name == "steps" else field.default
-            sub.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=default)
+        for name, default in dataclasses.asdict(recipe).items():
+            sub.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
         sub.set_defaults(run_phase=train_networks, phase=phase)
     export = phases.add_parser("export", parents=[common], help="the checkpoint that ships")
     export.add_argument("out", type=Path, metavar="OUT")
-    export.add_argument("--card", type=Path, help="a README.md to put beside the weights")
+    export.add_argument("--evaluation", type=Path, help="an --out of flux_jax.evaluate, for the scores on the card")
     export.add_argument("--overwrite", action="store_true")
     export.set_defaults(run_phase=run_export)
     return parser
@@ -94,7 +96,7 @@ def train_networks(args: argparse.Namespace) -> None:
 def run_export(args: argparse.Namespace) -> None:
     from flux_jax.nano.export import export
 
-    export(args.run, args.out, args.card.read_text() if args.card else "", overwrite=args.overwrite)
+    export(args.run, args.out, args.evaluation, args.overwrite)
 
 
 if __name__ == "__main__":

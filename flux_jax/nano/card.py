@@ -1,0 +1,61 @@
+"""The card of a trained FLUX-nano, written from the run's own files: nothing in it is typed by hand.
+
+In: a run folder (recipes, metrics, `vae.json`) and, if there is one, an evaluation's folder. Out: Markdown.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+HEAD = """\
+# FLUX-nano
+
+A small FLUX: the classes, files and converter of FLUX.1-dev, a few million parameters, pictures of coloured shapes.
+Trained in this repository from rendered scenes alone (`flux_jax/nano/world.py`), by `python -m flux_jax.nano.train`.
+It exists to try every part of the software on any machine and to measure what a change of the weights does to
+pictures, with a judge that knows the renderer. It knows {words} words, six shapes and eight colours, and nothing else.
+
+- Weights: bf16, Apache-2.0. Data: drawn by the program; no pictures of people or of anyone's work.
+- Prompts: `a red circle`, `a photo of a blue square and a yellow star`, `three green triangles`,
+  `a cross above a diamond`. Words outside the grammar mean nothing to it.
+- `training/` has the settings, losses and curves of each phase; `SHA256SUMS` the hash of every file here.
+"""
+
+
+def card(run: Path, evaluation: Path | None = None) -> str:
+    """The whole card."""
+    from flux_jax.nano.captions import VOCABULARY
+
+    vae = read(run / "vae" / "vae.json")
+    lines = [HEAD.format(words=len(VOCABULARY)), "## Training", "", "| phase | steps | batch | seed | result |"]
+    lines += ["|---|---|---|---|---|"]
+    psnr = f"{vae['psnr']:.1f} dB on held-out pictures, worst {vae['psnr_worst']:.1f} dB"
+    lines += [f"| vae | {vae['steps']} | 4 crops, then 2 pictures | {vae['seed']} | {psnr} |"]
+    for phase in ("flow", "guidance"):
+        if (run / phase / "recipe.json").exists():
+            recipe = read(run / phase / "recipe.json")
+            last = json.loads((run / phase / "metrics.jsonl").read_text().splitlines()[-1])
+            columns = [phase, recipe["steps"], recipe["batch"], recipe["seed"], f"loss {last['loss']:.4f}"]
+            lines += [f"| {' | '.join(map(str, columns))} |"]
+    if evaluation is not None:
+        lines += ["", "## Score", "", *scores(read(evaluation / "summary.json"))]
+    return "\n".join(lines) + "\n"
+
+
+def scores(summary: dict[str, Any]) -> list[str]:
+    """The evaluation's table as lines of Markdown."""
+    sampling = ", ".join(f"{key} {value}" for key, value in summary["sampling"].items())
+    count = sum(tag["count"] for tag in summary["tags"].values())
+    how = f"{sampling}, seeds from {summary['seed']}"
+    entries = {"overall": summary["overall"], **summary["tags"]}
+    return [
+        f"{count} held-out captions, one picture each ({how}), judged by the oracle:",
+        "",
+        "| tag | score | 95 % interval |",
+        "|---|---|---|",
+        *(f"| {n} | {e['score']:.3f} | {e['interval'][0]:.3f} to {e['interval'][1]:.3f} |" for n, e in entries.items()),
+    ]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
