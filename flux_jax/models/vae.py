@@ -6,6 +6,8 @@ halves by a strided convolution and the decoder doubles by repeating pixels; att
 middle. Architecture: Rombach et al. 2022 (arXiv 2112.10752), appendix; as published, diffusers' `AutoencoderKL`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -107,7 +109,7 @@ class Level(nnx.Module):
             ResnetBlock(d_in if i == 0 else d_out, d_out, groups, dtype=dtype, rngs=rngs) for i in range(layers)
         )
         self.doubles = resample == "double"
-        layout = {"stride": 2, "padding": ((0, 1), (0, 1))} if resample == "halve" else {}
+        layout: dict[str, Any] = {"stride": 2, "padding": ((0, 1), (0, 1))} if resample == "halve" else {}
         self.resample = Conv(d_out, d_out, 3, **layout, dtype=dtype, rngs=rngs) if resample else None
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
