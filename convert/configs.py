@@ -178,13 +178,16 @@ def published(part: str, config: FluxConfig) -> dict[str, Any]:
 
 
 def sampling(index: Mapping[str, Any], scheduler: Mapping[str, Any] | None, guidance: bool) -> SamplingConfig:
-    """The schedule from scheduler_config.json; defaults of a generation from our own key, else FLUX.1's."""
+    """The schedule from scheduler_config.json; defaults of a generation from our own key, else FLUX.1's. UserError for
+    a schedule that our sampler does not have."""
     extra = index.get(EXTRA, {}).get("sampling")
     if extra is not None:
         return FluxConfig.from_json({**FluxConfig().to_json(), "sampling": extra}).sampling
     base = (dev() if guidance else schnell()).sampling
     if scheduler is None:
         return base
+    if not scheduler.get("use_dynamic_shifting", False) and scheduler.get("shift", 1.0) != 1.0:
+        raise UserError(f"scheduler: a fixed shift of {scheduler['shift']} is not FLUX.1's schedule, must be 1.0")
     return dataclasses.replace(
         base,
         base_seq_len=scheduler.get("base_image_seq_len", base.base_seq_len),
