@@ -1,0 +1,1 @@
+"""Published FLUX weights to checkpoints and back: `python -m convert SOURCE OUT`."""

@@ -9,16 +9,14 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import huggingface_hub
 import ml_dtypes
 import numpy as np
 import published
 import pytest
 import tiny_model
-from huggingface_hub import errors
 from safetensors.numpy import load_file, save_file
 
-from convert import hub, run
+from convert import run
 from convert.__main__ import main
 from flux_jax import checkpoint, storage
 from flux_jax.checkpoint import Checkpoint
@@ -342,95 +340,6 @@ def test_the_command_itself(folder, tmp_path):
     done = subprocess.run(call, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
-
-
-FILES = {
-    "model_index.json": 1000,
-    "README.md": 10,
-    "LICENSE.md": 10,
-    "flux1-dev.safetensors": 23_800_000_000,
-    "ae.safetensors": 335_000_000,
-    "scheduler/scheduler_config.json": 100,
-    "text_encoder/config.json": 100,
-    "text_encoder/model.safetensors": 246_000_000,
-    "text_encoder_2/config.json": 100,
-    "text_encoder_2/model-00001-of-00002.safetensors": 5_000_000_000,
-    "text_encoder_2/model-00002-of-00002.safetensors": 4_500_000_000,
-    "text_encoder_2/model.safetensors.index.json": 20_000,
-    "tokenizer/merges.txt": 500_000,
-    "tokenizer/vocab.json": 1_000_000,
-    "tokenizer_2/spiece.model": 800_000,
-    "tokenizer_2/tokenizer.json": 2_000_000,
-    "transformer/config.json": 100,
-    "transformer/diffusion_pytorch_model-00001-of-00001.safetensors": 23_800_000_000,
-    "transformer/diffusion_pytorch_model.fp16.safetensors": 23_800_000_000,
-    "transformer/diffusion_pytorch_model.safetensors.index.json": 120_000,
-    "vae/config.json": 100,
-    "vae/diffusion_pytorch_model.safetensors": 168_000_000,
-}
-
-
-def test_only_what_is_needed_is_fetched():
-    chosen = set(hub.wanted_files(FILES, ("transformer", "t5", "clip", "vae")))
-    left = {
-        "README.md",
-        "flux1-dev.safetensors",
-        "ae.safetensors",
-        "transformer/diffusion_pytorch_model.fp16.safetensors",
-    }
-    assert chosen == FILES.keys() - left
-    assert {name.split("/")[0] for name in hub.wanted_files(FILES, ("vae",))} == {
-        "LICENSE.md", "model_index.json", "scheduler", "vae",
-    }  # fmt: skip
-
-
-def test_a_hub_name(folder, command, tmp_path, monkeypatch):
-    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in FILES.items()]
-    asked = {}
-
-    def snapshot_download(repo, **options):
-        asked.update(options, repo=repo)
-        return str(folder)
-
-    info = SimpleNamespace(siblings=siblings, sha="abc")
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    code, _, err = command("somebody/FLUX", tmp_path / "out")
-    assert code == 0
-    assert "33.7 GB" in err
-    assert (asked["repo"], asked["revision"]) == ("somebody/FLUX", "abc")
-    assert "flux1-dev.safetensors" not in asked["allow_patterns"]
-    assert Checkpoint.open(tmp_path / "out").manifest["source"]["from"] == "somebody/FLUX"
-
-
-@pytest.mark.parametrize(
-    ("kind", "status", "words"),
-    [
-        ("GatedRepoError", 401, "accept its licence at https://huggingface.co/black-forest-labs/FLUX.1-dev"),
-        ("GatedRepoError", 403, "hf auth login"),
-        ("RepositoryNotFoundError", 404, "no model"),
-        ("HfHubHTTPError", 403, "accept the licence"),
-        ("HfHubHTTPError", 500, "cannot be fetched"),
-    ],
-)
-def test_weights_that_are_gated_or_missing(command, tmp_path, monkeypatch, kind, status, words):
-    def refuse(*_, **__):
-        response = SimpleNamespace(status_code=status, headers={}, request=None)
-        raise getattr(errors, kind)("a long message\nwith lines", response=response)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=refuse))
-    code, _, err = command("black-forest-labs/FLUX.1-dev", tmp_path / "out")
-    assert code == 3
-    assert words in err
-    assert err.count("\n") == 1
-
-
-def test_no_network(command, tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise errors.OfflineModeIsEnabled("offline")
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=refuse))
-    assert command("somebody/FLUX", tmp_path / "out")[0] == 3
 
 
 def test_exporting_what_diffusers_cannot_hold(tmp_path, command):

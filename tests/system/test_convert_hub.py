@@ -1,0 +1,121 @@
+"""Models by their name on the hub: only what is converted is fetched, and a refusal is one message. Nothing here uses a
+network; the hub's answers are made up.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import tiny_model
+from huggingface_hub import errors
+
+from convert import hub
+from convert.__main__ import main
+from flux_jax.checkpoint import Checkpoint
+
+
+@pytest.fixture
+def command(tmp_path, capsys):
+    """Runs the converter into tmp_path/out: exit code, stderr."""
+
+    def call(source):
+        code = main([source, str(tmp_path / "out"), "-q"])
+        assert (tmp_path / "out").exists() == (code == 0)
+        return code, capsys.readouterr().err
+
+    return call
+
+
+FILES = {
+    "model_index.json": 1000,
+    "README.md": 10,
+    "LICENSE.md": 10,
+    "flux1-dev.safetensors": 23_800_000_000,
+    "ae.safetensors": 335_000_000,
+    "scheduler/scheduler_config.json": 100,
+    "text_encoder/config.json": 100,
+    "text_encoder/model.safetensors": 246_000_000,
+    "text_encoder_2/config.json": 100,
+    "text_encoder_2/model-00001-of-00002.safetensors": 5_000_000_000,
+    "text_encoder_2/model-00002-of-00002.safetensors": 4_500_000_000,
+    "text_encoder_2/model.safetensors.index.json": 20_000,
+    "tokenizer/merges.txt": 500_000,
+    "tokenizer/vocab.json": 1_000_000,
+    "tokenizer_2/spiece.model": 800_000,
+    "tokenizer_2/tokenizer.json": 2_000_000,
+    "transformer/config.json": 100,
+    "transformer/diffusion_pytorch_model-00001-of-00001.safetensors": 23_800_000_000,
+    "transformer/diffusion_pytorch_model.fp16.safetensors": 23_800_000_000,
+    "transformer/diffusion_pytorch_model.safetensors.index.json": 120_000,
+    "vae/config.json": 100,
+    "vae/diffusion_pytorch_model.safetensors": 168_000_000,
+}
+
+
+def test_only_what_is_needed_is_fetched():
+    chosen = set(hub.wanted_files(FILES, ("transformer", "t5", "clip", "vae")))
+    left = {
+        "README.md",
+        "flux1-dev.safetensors",
+        "ae.safetensors",
+        "transformer/diffusion_pytorch_model.fp16.safetensors",
+    }
+    assert chosen == FILES.keys() - left
+    assert {name.split("/")[0] for name in hub.wanted_files(FILES, ("vae",))} == {
+        "LICENSE.md", "model_index.json", "scheduler", "vae",
+    }  # fmt: skip
+
+
+def test_a_hub_name(command, tmp_path, capsys, monkeypatch):
+    config = tiny_model.config()
+    config = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, timestep_dim=256))
+    folder = tmp_path / "cache"
+    assert main(["--to", "diffusers", str(tiny_model.save(tmp_path / "tiny", config)), str(folder), "-q"]) == 0
+    capsys.readouterr()
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in FILES.items()]
+    asked = {}
+
+    def snapshot_download(repo, **options):
+        asked.update(options, repo=repo)
+        return str(folder)
+
+    info = SimpleNamespace(siblings=siblings, sha="abc")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    code, err = command("somebody/FLUX")
+    assert code == 0
+    assert "33.7 GB" in err
+    assert (asked["repo"], asked["revision"]) == ("somebody/FLUX", "abc")
+    assert "flux1-dev.safetensors" not in asked["allow_patterns"]
+    assert Checkpoint.open(tmp_path / "out").manifest["source"]["from"] == "somebody/FLUX"
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "words"),
+    [
+        ("GatedRepoError", 401, "accept its licence at https://huggingface.co/black-forest-labs/FLUX.1-dev"),
+        ("GatedRepoError", 403, "hf auth login"),
+        ("RepositoryNotFoundError", 404, "no model"),
+        ("HfHubHTTPError", 403, "accept the licence"),
+        ("HfHubHTTPError", 500, "cannot be fetched"),
+    ],
+)
+def test_weights_that_are_gated_or_missing(command, monkeypatch, kind, status, words):
+    def refuse(*_, **__):
+        response = SimpleNamespace(status_code=status, headers={}, request=None)
+        raise getattr(errors, kind)("a long message\nwith lines", response=response)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=refuse))
+    code, err = command("black-forest-labs/FLUX.1-dev")
+    assert code == 3
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_no_network(command, monkeypatch):
+    def refuse(*_, **__):
+        raise errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=refuse))
+    assert command("somebody/FLUX")[0] == 3
