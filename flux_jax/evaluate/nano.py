@@ -1,8 +1,9 @@
 """FLUX-nano's score: GenEval's six tags, judged by the oracle that knows the renderer.
 
 In: a checkpoint and the 553 held-out captions. Out: `OUT/<tag>/<index>.png`, `OUT/verdicts.jsonl` (per caption: the
-verdict, the reason, what the oracle read) and a summary with 95 % intervals, also in `OUT/summary.json`. Picture i has
-seed `seed + i`, whatever else is drawn; pictures that are there already are judged, not made again.
+verdict, the reason, what the oracle read), `OUT/sheet.png` to look at, and a summary with 95 % intervals, also in
+`OUT/summary.json`. Picture i has seed `seed + i`, whatever else is drawn; pictures that are there already are judged,
+not made again.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flux_jax import images
+from flux_jax.evaluate.sheet import sheet
 from flux_jax.nano.captions import EVALUATION, Caption, evaluation_captions
 from flux_jax.nano.oracle import Verdict, score
 
@@ -52,11 +54,11 @@ def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int =
     for task in tqdm(planned, desc="evaluate", mininterval=2):
         start, path = time.perf_counter(), task.path(out)
         if not path.exists():
-            buffer = io.BytesIO()
-            pipe(task.caption.text, seed=task.seed, **sampling).images[0].save(buffer, format="png")
-            images.write_whole(path, buffer.getvalue(), overwrite=False)
+            picture = pipe(task.caption.text, seed=task.seed, **sampling).images[0]
+            images.write_whole(path, png(picture), overwrite=False)
         drawn = time.perf_counter()
-        verdict = score(np.asarray(Image.open(path).convert("RGB")), task.caption)
+        with Image.open(path) as file:
+            verdict = score(np.asarray(file.convert("RGB")), task.caption)
         rows.append(row(task, verdict))
         seconds["draw"] += drawn - start
         seconds["judge"] += time.perf_counter() - drawn
@@ -67,7 +69,24 @@ def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int =
     }
     images.write_whole(out / "verdicts.jsonl", lines(rows), overwrite=True)
     images.write_whole(out / "summary.json", lines([result]), overwrite=True)
+    images.write_whole(out / "sheet.png", png(overview(planned, rows, out)), overwrite=True)
     return result
+
+
+def overview(planned: list[Task], rows: list[dict[str, Any]], out: Path, columns: int = 8) -> Image.Image:
+    """A row of pictures for each tag, evenly spread over its captions."""
+    chosen = []
+    for tag in EVALUATION:
+        indices = [i for i, entry in enumerate(rows) if entry["tag"] == tag]
+        chosen += [indices[k * len(indices) // columns] for k in range(columns) if indices]
+    return sheet([(planned[i].path(out), rows[i]["prompt"], rows[i]["correct"]) for i in chosen], columns)
+
+
+def png(image: Image.Image) -> bytes:
+    """The file's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def row(task: Task, verdict: Verdict) -> dict[str, Any]:

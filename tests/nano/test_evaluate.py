@@ -47,6 +47,12 @@ def test_a_perfect_painter_scores_one_and_is_not_asked_twice(tmp_path):
     assert [row["prompt"] for row in rows] == [task.caption.text for task in planned]
     assert all(row["objects"] for row in rows)
 
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pixels = np.asarray(sheet)
+    assert (pixels == (40, 160, 70)).all(-1).any()  # a green frame, and not a red one
+    assert pixels.shape[0] > 6 * 128
+    assert pixels.shape[1] > 8 * 128
+
     planned[3].path(tmp_path).unlink()
     assert nano.evaluate(painter, tmp_path, seed=5, every=EVERY)["overall"] == result["overall"]
     assert len(painter.calls) == len(planned) + 1
