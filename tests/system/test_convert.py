@@ -293,6 +293,16 @@ def test_configs_that_we_do_not_implement(folder, command, tmp_path, file, key, 
     assert str(path) in err
 
 
+def test_a_schedule_that_we_do_not_have(folder, command, tmp_path):
+    path = folder / "scheduler" / "scheduler_config.json"
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "_flux_jax"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dynamic_shifting": False, "shift": 3.0}))
+    code, _, err = command(folder, tmp_path / "out")
+    assert code == 2
+    assert "fixed shift of 3.0" in err
+
+
 def test_sources_that_are_none(folder, original, command, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
