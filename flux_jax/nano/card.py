@@ -51,6 +51,8 @@ def scores(summary: dict[str, Any]) -> list[str]:
     return [
         f"{count} held-out captions, one picture each ({how}), judged by the oracle:",
         "",
+        "![one row of pictures for each tag](sheet.png)",
+        "",
         "| tag | score | 95 % interval |",
         "|---|---|---|",
         *(f"| {n} | {e['score']:.3f} | {e['interval'][0]:.3f} to {e['interval'][1]:.3f} |" for n, e in entries.items()),

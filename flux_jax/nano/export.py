@@ -92,6 +92,9 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
                 (out / "training" / name).mkdir(parents=True, exist_ok=True)
                 shutil.copy(run / name / file, out / "training" / name / file)
     (out / "README.md").write_text(card(run, evaluation))
+    if evaluation is not None:
+        shutil.copy(evaluation / "sheet.png", out / "sheet.png")
+        shutil.copy(evaluation / "summary.json", out / "training" / "summary.json")
     sums = {
         p.relative_to(out): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.rglob("*")) if p.is_file()
     }

@@ -1,0 +1,52 @@
+"""The FLUX-nano that ships: whole, small, documented, and drawing what it is asked for."""
+
+import hashlib
+
+import numpy as np
+
+from flux_jax.checkpoint import Checkpoint, resolve
+from flux_jax.nano.captions import Spec, phrase
+from flux_jax.nano.world import COLORS, SHAPES
+from flux_jax.pipeline import FluxPipeline
+
+FOLDER = resolve("nano")
+MAX_BYTES = 30e6
+
+
+def test_every_file_is_the_one_that_was_exported():
+    lines = (FOLDER / "SHA256SUMS").read_text().splitlines()
+    listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    present = {p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*") if p.is_file()} - {"SHA256SUMS"}
+    assert present == set(listed)
+    for name, digest in listed.items():
+        assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == digest, name
+
+
+def test_it_is_small_and_says_what_it_is():
+    assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) < MAX_BYTES
+    manifest = Checkpoint.open("nano").manifest
+    assert manifest["licence"] == "Apache-2.0"
+    assert manifest["source"]["sha256"].keys() == {"transformer", "t5", "clip", "vae"}
+    card = (FOLDER / "README.md").read_text()
+    for word in ("Apache-2.0", "Data", "seed", "Score", "SHA256SUMS"):
+        assert word in card
+    for phase in ("vae", "flow"):
+        assert (FOLDER / "training" / phase / "metrics.jsonl").is_file()
+        assert (FOLDER / "training" / phase / "curve.png").is_file()
+
+
+def test_it_draws_the_colour_asked_for():
+    """Not a score, which `flux_jax.evaluate` gives: that weights, tokenizers, schedule and decoder fit together."""
+    pipe = FluxPipeline.from_pretrained("nano")
+    captions = [phrase((Spec(shape, color),)) for shape in SHAPES for color in ("red", "blue")]
+    pictures = [np.asarray(pipe(caption.text, seed=1).images[0]) for caption in captions]
+    drawn = [main_color(picture) for picture in pictures]
+    assert sum(color == caption.objects[0].color for color, caption in zip(drawn, captions, strict=True)) >= 10
+
+
+def main_color(picture: np.ndarray) -> str:
+    """The name of the palette's colour nearest to the pixels that are least like the picture's corner."""
+    pixels = picture.reshape(-1, 3).astype(np.float32)
+    distance = np.linalg.norm(pixels - pixels[:1], axis=1)
+    ink = pixels[distance >= np.quantile(distance, 0.98)].mean(0)
+    return min(COLORS, key=lambda name: float(np.linalg.norm(ink - np.asarray(COLORS[name]))))
