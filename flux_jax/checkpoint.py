@@ -259,6 +259,8 @@ class Writer:
             "parts": {part: {"path": part, "weights": table} for part, table in self._tables.items()},
         }
         (self.working / MANIFEST).write_text(lined_json(manifest) + "\n")
+        for note in self.working.glob("*/commit_success.txt"):  # Orbax names a folder of this machine in it
+            note.write_text("Checkpoint commit was successful\n")
         publish(self.working, self.directory)
 
     def _part(self) -> str:

@@ -67,6 +67,11 @@ def test_round_trip(pristine, modules):
     assert not list(pristine.parent.glob("*.partial"))
 
 
+def test_nothing_names_a_folder_of_this_machine(pristine):
+    here = str(pristine.parent).encode()
+    assert [p for p in pristine.rglob("*") if p.is_file() and here in p.read_bytes()] == []
+
+
 def test_a_dtype_is_converted_only_when_asked_for(pristine, modules):
     loaded = dict(leaves(Checkpoint.open(pristine).load("clip", dtype=jnp.bfloat16)))
     for name, value in leaves(modules["clip"]):
