@@ -17,6 +17,9 @@ NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SMALL = ("model_index.json", "scheduler/scheduler_config.json", *LICENCE_FILES)
 
 
+TRANSPORT = ("httpx", "httpx2")  # what the hub library speaks HTTP with; its errors, unlike its own, are no OSErrors
+
+
 def is_hub_name(source: str) -> bool:
     """owner/name that is no path here."""
     return bool(NAME.fullmatch(source)) and not Path(source).exists() and not source.endswith(".safetensors")
@@ -68,18 +71,16 @@ def fetch(repo: str, parts: Iterable[str]) -> Path:
         raise UserError(
             f"no model {repo!r} on the hub ({_status(error)}), and no folder or file of that name here", 3
         ) from error
-    except (
-        errors.HfHubHTTPError,
-        errors.OfflineModeIsEnabled,
-        errors.LocalEntryNotFoundError,
-        ConnectionError,
-    ) as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in TRANSPORT:
+            raise
         if _status(error) in ("HTTP 401", "HTTP 403"):
             raise UserError(
                 f"{repo}: the hub refuses ({_status(error)}): accept the licence at {url} and log in again", 3
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{repo} cannot be fetched: {reason}", 3) from error
+        hint = "check the network, or download the model elsewhere and give its folder"
+        raise UserError(f"{repo} cannot be fetched ({reason}): {hint}", 3) from error
 
 
 def _status(error: BaseException) -> str:

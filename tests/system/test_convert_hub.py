@@ -113,9 +113,30 @@ def test_weights_that_are_gated_or_missing(command, monkeypatch, kind, status, w
     assert err.count("\n") == 1
 
 
-def test_no_network(command, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.OfflineModeIsEnabled("offline"),
+        type("ConnectError", (Exception,), {"__module__": "httpx2"})("[Errno -2] Name or service not known"),
+        TimeoutError("timed out"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_network(command, monkeypatch, error):
     def refuse(*_, **__):
-        raise errors.OfflineModeIsEnabled("offline")
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=refuse))
-    assert command("somebody/FLUX")[0] == 3
+    code, err = command("somebody/FLUX")
+    assert code == 3
+    assert str(error) in err
+    assert "check the network" in err
+
+
+def test_a_mistake_of_ours_is_not_hidden(command, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=broken))
+    with pytest.raises(KeyError):
+        command("somebody/FLUX")
