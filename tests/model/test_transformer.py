@@ -37,12 +37,13 @@ def inputs(config: TransformerConfig, batch: int, rows: int, columns: int, text:
     }
 
 
-def both(config, x, dtype=jnp.float32):
-    """(diffusers' velocity in float32, ours in `dtype`) for the same random weights and inputs."""
+def both(config, x, dtype=jnp.float32, change=lambda module: None):
+    """(diffusers' velocity in float32, ours in `dtype`) for the same random weights, `change`d, and inputs."""
     reference = pytest.importorskip("torch_reference")
     from convert.engine import load_module
 
     module = reference.build("transformer", config)
+    change(module)
     ours = load_module("transformer", config, reference.state_dict_numpy(module), dtype)
     text = x["txt"].shape[1]
     expected = reference.run_transformer(
@@ -64,6 +65,19 @@ def test_velocity_equals_diffusers(guidance, batch, rows, columns, text):
     name = "dev" if guidance else "schnell"
     case = f"transformer, {name}, batch {batch}, {rows} x {columns} image and {text} text tokens"
     parity.check(case, actual, expected)
+
+
+def test_norms_of_small_activations():
+    """Where the variance is near the norms' epsilon, its value shows."""
+
+    def shrink(module):
+        for name, value in module.state_dict().items():
+            if any(part in name for part in ("x_embedder", "context_embedder", "to_q", "to_k", "add_q", "add_k")):
+                value.mul_(1e-3)
+
+    config = pytest.importorskip("torch_reference").tiny()
+    expected, actual = both(config, inputs(config.transformer, 1, 4, 4, 8), change=shrink)
+    parity.check("transformer, activations near the norms' epsilon", actual, expected)
 
 
 @pytest.mark.parametrize(("double", "single"), [(1, 0), (0, 1)], ids=["double block", "single block"])

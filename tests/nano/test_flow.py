@@ -66,15 +66,18 @@ def test_a_resumed_run_is_the_same_run(tmp_path, dataset, initial):
 
 
 def test_loss_is_the_squared_error_of_the_velocity(dataset, initial):
-    """Networks whose output is zero (as at the start) leave the mean square of noise - x."""
+    """Networks that always answer the same velocity c leave the mean square of c - (noise - x)."""
     networks = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: flow.Networks(SMALL, nnx.Rngs(0)))), initial)
+    velocity = jnp.linspace(-1, 2, 8)
+    networks.transformer.final_layer.linear.bias[...] = velocity
     empty = {"empty_t5": dataset.empty_t5, "empty_clip": dataset.empty_clip}
     batch = jax.tree.map(jnp.asarray, dataset.batch(0, 0, 20) | empty)
     rope = jnp.ones((2, 16 + 4, 8), jnp.float32)
     key = jax.random.key(1)
     loss = flow.flow_loss(networks, batch, key, rope, SMALL, RECIPE)
     noise = jax.random.normal(jax.random.split(key, 3)[1], (20, 4, 8))
-    assert float(loss) == pytest.approx(float(jnp.square(noise - batch["tokens"]).mean()), rel=1e-5)
+    expected = jnp.square(velocity[None, None] - (noise - batch["tokens"])).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_guidance_phase_starts_from_its_teacher_and_moves(tmp_path, dataset, initial):
