@@ -9,6 +9,7 @@ value. The weight is large for an autoencoder: it spends a decibel or two on lat
 
 import dataclasses
 import functools
+import io
 import json
 import math
 import time
@@ -24,9 +25,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from flux_jax.config import VAEConfig, nano
+from flux_jax.images import write_whole
 from flux_jax.models.vae import VAE
 from flux_jax.nano.captions import sample
-from flux_jax.nano.runs import Folder, write_whole
+from flux_jax.nano.runs import Folder
 from flux_jax.nano.world import render
 
 KL_WEIGHT = 1e-3
@@ -182,6 +184,7 @@ def train(out: Path, *, steps: int, seed: int, config: VAEConfig | None = None, 
     result |= {"kl_weight": KL_WEIGHT, "learning_rate": LEARNING_RATE} | evaluate(run.vae(), seed, size)
     weights = {".".join(map(str, path)): np.asarray(p[...]) for path, p in nnx.to_flat_state(nnx.state(run.vae()))}
     # pyrefly: ignore[bad-argument-type] - to numpy's annotations any of them could be `allow_pickle`
-    write_whole(out / "vae.npz", lambda stream: np.savez(stream, **weights))
-    write_whole(out / "vae.json", lambda stream: stream.write(json.dumps(result, indent=1).encode()))
+    np.savez(packed := io.BytesIO(), **weights)
+    write_whole(out / "vae.npz", packed.getvalue(), overwrite=True)
+    write_whole(out / "vae.json", json.dumps(result, indent=1).encode(), overwrite=True)
     print(f"held-out PSNR {result['psnr']:.2f} dB, latents {result['latent_mean']:.4f} +- {result['latent_std']:.4f}")

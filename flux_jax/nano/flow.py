@@ -25,12 +25,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from flux_jax.config import FluxConfig
+from flux_jax.images import write_whole
 from flux_jax.models.attention import rotary
 from flux_jax.models.clip import CLIPText
 from flux_jax.models.t5 import T5Encoder
 from flux_jax.models.transformer import Transformer
 from flux_jax.nano.data import Dataset
-from flux_jax.nano.runs import Folder, write_whole
+from flux_jax.nano.runs import Folder
 from flux_jax.sampling import position_ids, shift_mu
 
 NO_GUIDANCE = 1.0  # the guidance input that stands for the plain conditional velocity
@@ -181,7 +182,7 @@ class Trainer:
         """Train to the recipe's last step; returns the averaged parameters."""
         self.folder.forget_after(self.step)
         recipe = json.dumps(dataclasses.asdict(self.recipe), indent=1) + "\n"
-        write_whole(self.folder.path / "recipe.json", lambda stream: stream.write(recipe.encode()))
+        write_whole(self.folder.path / "recipe.json", recipe.encode(), overwrite=True)
         by_example = NamedSharding(self.mesh, PartitionSpec("data"))
         empty = {"empty_t5": dataset.empty_t5, "empty_clip": dataset.empty_clip}
         empty = jax.device_put(empty, self.replicated)

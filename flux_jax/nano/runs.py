@@ -6,13 +6,13 @@ last checkpoint and writes the metrics behind it again.
 """
 
 import json
-import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
+
+from flux_jax.images import write_whole
 
 
 class Folder:
@@ -39,7 +39,7 @@ class Folder:
         if self.metrics.exists():
             lines = self.metrics.read_text().splitlines(keepends=True)
             kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
-            write_whole(self.metrics, lambda stream: stream.write(kept.encode()))
+            write_whole(self.metrics, kept.encode(), overwrite=True)
 
     def save(self, step: int, state: Any) -> None:
         """A checkpoint, and the curve as it stands."""
@@ -66,13 +66,3 @@ def plot(folder: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", title=f"FLUX-nano, phase {folder.name}", yscale="log")
     axes.grid(alpha=0.3)
     figure.savefig(folder / "curve.png", dpi=100)
-
-
-def write_whole(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
-    """Fills a file through `fill(binary stream)` such that `path` is never half there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as stream:
-        fill(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
