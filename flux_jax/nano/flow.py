@@ -30,7 +30,7 @@ from flux_jax.models.attention import rotary
 from flux_jax.models.clip import CLIPText
 from flux_jax.models.t5 import T5Encoder
 from flux_jax.models.transformer import Transformer
-from flux_jax.nano.data import Dataset
+from flux_jax.nano.dataset import Dataset
 from flux_jax.nano.runs import Folder
 from flux_jax.sampling import position_ids, shift_mu
 

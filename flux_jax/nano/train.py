@@ -75,7 +75,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def train_networks(args: argparse.Namespace) -> None:
-    from flux_jax.nano.data import load_or_build
+    from flux_jax.nano.dataset import load_or_build
     from flux_jax.nano.export import load_vae, tokenizers
 
     use_all_cores()

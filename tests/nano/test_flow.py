@@ -11,7 +11,7 @@ from flax import nnx
 
 from flux_jax.config import CLIPConfig, T5Config, nano
 from flux_jax.nano import flow
-from flux_jax.nano.data import Dataset, example
+from flux_jax.nano.dataset import Dataset, example
 
 SMALL = dataclasses.replace(
     nano(),
