@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flux_jax.config import CLIPConfig
-from flux_jax.models.linear import Embedding, LayerNorm, Linear
+from flux_jax.models.linear import Embedding, LayerNorm, Linear, stack
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -61,7 +61,7 @@ class CLIPText(nnx.Module):
         self.config = config
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.position_embedding = Embedding(config.max_positions, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.vmap(lambda r: CLIPLayer(config, dtype=dtype, rngs=r))(rngs.split(config.num_layers))
+        self.layers = stack(CLIPLayer, config.num_layers, config, dtype=dtype, rngs=rngs)
         self.final_norm = LayerNorm(config.hidden_size, eps=config.eps, dtype=dtype)
 
     def __call__(self, ids: Int[Array, "b t"]) -> Float[Array, "b d"]:

@@ -1,4 +1,4 @@
-"""The small layers that every part shares: Linear, Conv, Embedding and the norms.
+"""The small layers that every part shares: Linear, Conv, Embedding, the norms, and stacks of blocks.
 
 In and out: activations [..., channels] (images [b, h, w, channels]). Weights keep PyTorch's orientation, [out, in] and
 [out, in, kh, kw], so that conversion from the published files is renaming and stacking, never a transpose.
@@ -87,3 +87,8 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
         return y.astype(x.dtype) * per_channel(self.weight[...], x)
+
+
+def stack(block, count: int, *args, dtype, rngs: nnx.Rngs):
+    """`count` independently initialised blocks as one module whose leaves have a leading axis of that length."""
+    return nnx.vmap(lambda r: block(*args, dtype=dtype, rngs=r))(rngs.split(count))

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flux_jax.config import T5Config
-from flux_jax.models.linear import Embedding, Linear, RMSNorm
+from flux_jax.models.linear import Embedding, Linear, RMSNorm, stack
 
 
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
@@ -78,7 +78,7 @@ class T5Encoder(nnx.Module):
         self.config = config
         self.token_embedding = Embedding(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
         self.relative_attention_bias = Embedding(config.num_buckets, config.num_heads, dtype=dtype, rngs=rngs)
-        self.layers = nnx.vmap(lambda r: T5Layer(config, dtype=dtype, rngs=r))(rngs.split(config.num_layers))
+        self.layers = stack(T5Layer, config.num_layers, config, dtype=dtype, rngs=rngs)
         self.final_norm = RMSNorm(config.d_model, eps=config.eps, dtype=dtype)
         # Unit variance, so that a token still stands out in the residual stream behind the first layers.
         self.token_embedding.weight[...] = jax.random.normal(rngs.params(), (config.vocab_size, config.d_model), dtype)

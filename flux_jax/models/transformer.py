@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from flux_jax.config import TransformerConfig
 from flux_jax.models.blocks import DoubleBlock, SingleBlock, modulate
-from flux_jax.models.linear import Linear
+from flux_jax.models.linear import Linear, stack
 
 
 class Modulation(NamedTuple):
@@ -128,8 +128,3 @@ class Transformer(nnx.Module):
         x, _ = jax.lax.scan(single, jnp.concatenate([txt, img], axis=1), (self.single_blocks, modulation.single))
         with jax.named_scope("final_layer"):
             return self.final_layer(x[:, txt.shape[1] :], modulation.final)
-
-
-def stack(block, count: int, *args, dtype, rngs: nnx.Rngs):
-    """`count` independently initialised blocks as one module whose leaves have a leading axis of that length."""
-    return nnx.vmap(lambda r: block(*args, dtype=dtype, rngs=r))(rngs.split(count))

@@ -30,6 +30,7 @@ from flux_jax.models.vae import VAE
 from flux_jax.nano.captions import sample
 from flux_jax.nano.runs import Folder
 from flux_jax.nano.world import render
+from flux_jax.parts import leaves
 
 KL_WEIGHT = 1e-3
 LEARNING_RATE = 5e-3
@@ -182,7 +183,7 @@ def train(out: Path, *, steps: int, seed: int, config: VAEConfig | None = None, 
 
     result = {"config": dataclasses.asdict(config), "size": size, "seed": seed, "steps": steps}
     result |= {"kl_weight": KL_WEIGHT, "learning_rate": LEARNING_RATE} | evaluate(run.vae(), seed, size)
-    weights = {".".join(map(str, path)): np.asarray(p[...]) for path, p in nnx.to_flat_state(nnx.state(run.vae()))}
+    weights = dict(leaves(run.vae()))
     # pyrefly: ignore[bad-argument-type] - to numpy's annotations any of them could be `allow_pickle`
     np.savez(packed := io.BytesIO(), **weights)
     write_whole(out / "vae.npz", packed.getvalue(), overwrite=True)

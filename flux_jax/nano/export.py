@@ -23,7 +23,7 @@ from flux_jax.models.vae import VAE
 from flux_jax.nano import vocabulary
 from flux_jax.nano.captions import VOCABULARY
 from flux_jax.nano.card import card
-from flux_jax.parts import leaves
+from flux_jax.parts import abstract_part, assemble, leaves
 from flux_jax.tokenizers import Tokenizers
 
 LICENCE = "Apache-2.0"
@@ -38,14 +38,10 @@ def load_vae(folder: Path) -> tuple[FluxConfig, VAE]:
     config = nano()
     scale = {"scaling_factor": round(1 / about["latent_std"], 4), "shift_factor": round(about["latent_mean"], 4)}
     config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, **scale))
-    module = nnx.eval_shape(lambda: VAE(config.vae, rngs=nnx.Rngs(0)))
     with np.load(folder / "vae.npz") as arrays:
-        state = nnx.state(module)
-        filled = [
-            (path, variable.replace(jnp.asarray(arrays[".".join(map(str, path))])))
-            for path, variable in nnx.to_flat_state(state)
-        ]
-    return config, nnx.merge(nnx.graphdef(module), nnx.from_flat_state(filled))
+        module = assemble(abstract_part("vae", config), lambda names: {name: arrays[name] for name in names})
+    assert isinstance(module, VAE)
+    return config, module
 
 
 def tokenizers(run: Path, config: FluxConfig) -> Tokenizers:
