@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from flux_jax.aot import target_platform
+
 
 def rotary(ids: np.ndarray, axes_dim: tuple[int, ...], theta: float) -> np.ndarray:
     """Cosines and sines [2, t, d / 2] (float32) of every token's position angles, d = sum(axes_dim).
@@ -41,7 +43,7 @@ def attention(
 
     cuDNN's fused kernel runs where it can (a GPU and 16-bit types: no logits in memory), XLA's elsewhere.
     """
-    fused = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    fused = target_platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code promotes inside, also where ours may not
         out = jax.nn.dot_product_attention(
             rotate(q, rope), rotate(k, rope), v, implementation="cudnn" if fused else "xla"
