@@ -1,0 +1,132 @@
+"""What all benchmarks share: a table for people, one JSON object for programs, and the file that is committed.
+
+In: figures, as anything that JSON can hold. Out: on stdout a table and, as the last line, `{"bench", "device",
+"versions", "commit", "date", "figures"}`; with --save the same object as `bench/results/NAME.json`. Progress and
+errors go to stderr.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flux_jax.errors import UserError
+from flux_jax.images import write_whole
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "jax-cuda13-plugin")
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Options that every benchmark has: --save."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m bench.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "--save",
+        nargs="?",
+        type=Path,
+        const=RESULTS / f"{name}.json",
+        metavar="FILE",
+        help=f"write the JSON object to a file (default: bench/results/{name}.json)",
+    )
+    return made
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Columns of equal width: words to the left, numbers to the right, None as a dash, floats with three digits."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    numbers = [all(_is_number(row[i]) for row in cells) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        columns = zip(row, widths, numbers, strict=True)
+        return "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in columns).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _is_number(cell: str) -> bool:
+    return cell == "-" or cell.replace(",", "").replace(".", "").replace("e", "").strip("+-x%").isdigit()
+
+
+def say(text: str) -> None:
+    """Progress, to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this package and JAX's parts, as far as they are installed."""
+    found = {"python": platform.python_version(), "flux-jax-ternary": _version("flux-jax-ternary") or "clone"}
+    return found | {name: version for name in PACKAGES if (version := _version(name))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The clone's commit, with "-dirty" where tracked files differ from it; None outside a clone."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def device() -> str:
+    """What JAX computes on, such as "NVIDIA H100 80GB HBM3", or the host's CPU."""
+    import jax
+
+    first = jax.local_devices()[0]
+    return f"cpu ({platform.machine()})" if first.platform == "cpu" else first.device_kind
+
+
+def finish(name: str, figures: dict[str, Any], *, save: Path | None = None, on: str | None = None) -> dict[str, Any]:
+    """Print the JSON object, and write it to `save` if that is given; returns it. on: the device, if not JAX's own."""
+    result = {
+        "bench": name,
+        "device": on or device(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "figures": figures,
+    }
+    if save is not None:
+        write_whole(save, (json.dumps(result, indent=1) + "\n").encode(), overwrite=True)
+        say(f"written: {save}")
+    sys.stdout.flush()
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> int:
+    """`main` on the command line's words; a user's mistake is one sentence on stderr. Returns the exit status."""
+    try:
+        main(sys.argv[1:])
+        return 0
+    except UserError as error:
+        say(str(error))
+        return error.exit_code
