@@ -1,4 +1,26 @@
 """GPU kernels for FLUX, written in Pallas; jax and numpy only, and nothing from `flux_jax` or `convert`.
 
-The package holds no kernel yet: the 2-bit weight layout and `ternary_matmul` are the next step, and belong here.
+packing         the 2-bit layout of ternary weights: pack, unpack, validate
+ternary_matmul  the product with packed weights: checks, choice of backend, gradient
+reference       its XLA backend, for every device
+settings        which backend and which tiles, for which device and shape
 """
+
+from pallas_kernels.packing import LAYOUT_VERSION, pack_ternary, packed_width, unpack_ternary, validate
+from pallas_kernels.reference import quantize_rows
+from pallas_kernels.settings import Target, compiling_for, current_target, supported
+from pallas_kernels.ternary_matmul import ternary_matmul
+
+__all__ = [
+    "LAYOUT_VERSION",
+    "Target",
+    "compiling_for",
+    "current_target",
+    "pack_ternary",
+    "packed_width",
+    "quantize_rows",
+    "supported",
+    "ternary_matmul",
+    "unpack_ternary",
+    "validate",
+]

@@ -1,0 +1,128 @@
+"""The public product with packed ternary weights: checks, choice of backend, gradient.
+
+In: x [..., k], packed [n, kp] uint8 (see `packing`), scale [n], bias [n]. Out: y [..., n] in x's dtype,
+
+    y = (q @ codes.T) * row_scale * scale + bias      q, row_scale = quantize_rows(x), or x and 1 for activations="bf16"
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels import reference
+from pallas_kernels.packing import AnyArray, check_packed, has_values, unpack_ternary
+from pallas_kernels.settings import ACTIVATIONS, choose, current_target
+
+
+class Plan(NamedTuple):
+    """What is fixed when a product is traced."""
+
+    activations: str
+    implementation: str
+
+
+def ternary_matmul(
+    x: AnyArray,
+    packed: AnyArray,
+    scale: AnyArray,
+    bias: AnyArray | None = None,
+    *,
+    activations: str = "bf16",
+    implementation: str | None = None,
+    layer: AnyArray | int | None = None,
+) -> Float[Array, "..."]:
+    """x [..., k] times ternary weights -> [..., n] in x's dtype; k, n and the number of rows are any from 1 up.
+
+    packed: uint8 [n, packed_width(k)]; scale: floating [n]; bias: floating [n] or None. With `layer`, an integer scalar
+    array, they carry a leading axis of layers of which it picks one, so that a scan over layers copies no weights.
+    activations: "bf16" multiplies by x as it is, in its own dtype (bfloat16, float16 or float32); "int8" quantizes each
+    row of x by its largest magnitude and sums in exact integers.
+    implementation: "xla", "triton", or None for what suits the device and the shape.
+
+    Differentiable in x (straight through the rounding), scale and bias, not in packed.
+    ValueError in one sentence for a wrong dtype or shape, a scale that is not finite, or an unsupported implementation.
+    """
+    arrays = [None if a is None else jnp.asarray(a) for a in (x, packed, scale, bias, layer)]
+    _check(*arrays, activations)
+    m = int(np.prod(arrays[0].shape[:-1]))
+    plan = Plan(activations, choose(implementation, current_target(), m, activations))
+    return _product(plan, *_vary_alike(arrays))
+
+
+def _check(x: Any, packed: Any, scale: Any, bias: Any, layer: Any, activations: str) -> None:
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations is {activations!r}: expected {' or '.join(map(repr, ACTIVATIONS))}")
+    if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}: expected bfloat16, float16 or float32 [..., k]")
+    check_packed(packed, x.shape[-1])
+    if layer is not None and (layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer)):
+        raise ValueError(f"layer is {layer.dtype} {list(layer.shape)}: expected an integer scalar")
+    if packed.ndim != (2 if layer is None else 3):
+        axes = "[n, kp] without layer" if layer is None else "[layers, n, kp] with layer"
+        raise ValueError(f"packed is {list(packed.shape)}: expected {axes}")
+    for name, array in (("scale", scale), ("bias", bias)):
+        if array is None:
+            continue
+        if array.shape != packed.shape[:-1] or not jnp.issubdtype(array.dtype, jnp.floating):
+            expected = f"floating {list(packed.shape[:-1])}, one for each row of packed {list(packed.shape)}"
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}: expected {expected}")
+    if has_values(scale) and not jnp.isfinite(scale).all():
+        where = [int(i) for i in np.argwhere(~np.isfinite(np.asarray(scale, np.float32)))[0]]
+        raise ValueError(f"scale {list(scale.shape)} is {scale[tuple(where)]} at {where}: expected finite values")
+
+
+def _vary_alike(arrays: list[Any]) -> list[Any]:
+    """Inside `jax.shard_map`, where types say over which mesh axes a value varies: all vary over what any does, so that
+    JAX sums the gradients of those that did not."""
+    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays if a is not None))
+
+    def vary(a):
+        missing = tuple(axes - jax.typeof(a).manual_axis_type.varying)
+        return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+    return [None if a is None else vary(a) for a in arrays]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(plan: Plan, x, packed, scale, bias, layer):
+    k, width = x.shape[-1], packed.shape[-1]
+    rows = x.reshape(-1, k)
+    rows, row_scale = reference.quantize_rows(rows) if plan.activations == "int8" else (rows, None)
+    if k != 4 * width:
+        rows = jnp.pad(rows, ((0, 0), (0, 4 * width - k)))
+    y = reference.matmul(rows, row_scale, packed, scale.astype(jnp.float32), bias, out_dtype=x.dtype, layer=layer)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _forward(plan: Plan, x, packed, scale, bias, layer):
+    return _product(plan, x, packed, scale, bias, layer), (x, packed, scale, bias, layer)
+
+
+def _backward(plan: Plan, saved, dy):
+    x, packed, scale, bias, layer = saved
+
+    def pick(a):
+        return a if layer is None else a[layer]
+
+    dy = dy.astype(jnp.float32)
+    codes = unpack_ternary(pick(packed), x.shape[-1]).astype(x.dtype)
+    dx = (dy * jnp.expand_dims(pick(scale).astype(jnp.float32), range(dy.ndim - 1))).astype(x.dtype) @ codes
+
+    def spread(gradient, like):
+        """To the shape that the layers are stacked in."""
+        gradient = gradient.astype(like.dtype)
+        return gradient if layer is None else jnp.zeros_like(like).at[layer].set(gradient)
+
+    rows = tuple(range(dy.ndim - 1))
+    unscaled = _product(plan, x, packed, jnp.ones_like(scale), None, layer).astype(jnp.float32)
+    d_scale = spread((dy * unscaled).sum(rows), scale)
+    d_bias = None if bias is None else spread(dy.sum(rows), bias)
+    none = np.zeros(packed.shape, jax.dtypes.float0)
+    return dx, none, d_scale, d_bias, None if layer is None else np.zeros((), jax.dtypes.float0)
+
+
+_product.defvjp(_forward, _backward)
