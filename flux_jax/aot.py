@@ -2,8 +2,8 @@
 
 In: the name of a GPU ("h100", "h200", "a100", "a10", "l20", "rtx4090"), a jitted function, and its arguments with
 shapes for arrays. Out: the compiled program: `memory_analysis()` of the very program that would run there, its text,
-and where asked its PTX. Needs no GPU, but the CUDA plugin of JAX (the extra `aot`). Programs that are to be compiled
-so ask `target_platform()` where they will run: the host has nothing to say about it.
+and where asked its PTX. Needs no GPU, but the CUDA plugin of JAX (the extra `aot`). What is traced here asks
+`pallas_kernels.current_target()` where it will run, as attention and ternary products do, never the host.
 
 XLA chooses default tiles for its own matrix products when it cannot try them: never read speed from such a program.
 """
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+import pallas_kernels
 from flux_jax.errors import UserError
 
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -51,7 +52,7 @@ HOPPER = Architecture((9, 0), 2048, 128, 233_472, 232_448, accelerated=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Gpu:
     """A GPU in numbers. Sources: the vendor's datasheets; memory as the driver reports it."""
 
     kind: str  # as `jax.Device.device_kind` says it
@@ -106,30 +107,22 @@ device_description_str: "{self.kind}"
 
 
 MIB = 2**20
-TARGETS = {
-    "a10": Target("NVIDIA A10", AMPERE_86, 72, 23_836_164_096, 600e9, 6 * MIB, 1.695),
-    "a100": Target("NVIDIA A100-SXM4-80GB", AMPERE, 108, 84_987_740_160, 2039e9, 40 * MIB, 1.41),
-    "h100": Target("NVIDIA H100 80GB HBM3", HOPPER, 132, 84_942_979_072, 3352e9, 50 * MIB, 1.98),
-    "h200": Target("NVIDIA H200", HOPPER, 132, 151_397_597_184, 4800e9, 50 * MIB, 1.98),
-    "l20": Target("NVIDIA L20", ADA, 92, 47_810_936_832, 864e9, 96 * MIB, 2.52),
-    "rtx4090": Target("NVIDIA GeForce RTX 4090", ADA, 128, 25_386_352_640, 1008e9, 72 * MIB, 2.52),
+GPUS = {
+    "a10": Gpu("NVIDIA A10", AMPERE_86, 72, 23_836_164_096, 600e9, 6 * MIB, 1.695),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", AMPERE, 108, 84_987_740_160, 2039e9, 40 * MIB, 1.41),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", HOPPER, 132, 84_942_979_072, 3352e9, 50 * MIB, 1.98),
+    "h200": Gpu("NVIDIA H200", HOPPER, 132, 151_397_597_184, 4800e9, 50 * MIB, 1.98),
+    "l20": Gpu("NVIDIA L20", ADA, 92, 47_810_936_832, 864e9, 96 * MIB, 2.52),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", ADA, 128, 25_386_352_640, 1008e9, 72 * MIB, 2.52),
 }
 
 
-def target(name: str) -> Target:
+def target(name: str) -> Gpu:
     """The GPU of that name (in any case). UserError if it is not described here."""
     try:
-        return TARGETS[name.lower()]
+        return GPUS[name.lower()]
     except KeyError:
-        raise UserError(f"no GPU {name!r} is described: choose one of {', '.join(TARGETS)}") from None
-
-
-def target_platform() -> str:
-    """Where the program being traced will run: "gpu", "cpu" or "tpu". The platform of the mesh around it, if that
-    names a device (as in `compiling_for`), else JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return "gpu" if platform in ("cuda", "rocm") else platform
+        raise UserError(f"no GPU {name!r} is described: choose one of {', '.join(GPUS)}") from None
 
 
 def mesh(name: str, shape: Sequence[int] = (1,), axes: Sequence[str] = ("device",)) -> Mesh:
@@ -158,16 +151,21 @@ def mesh(name: str, shape: Sequence[int] = (1,), axes: Sequence[str] = ("device"
 
 @contextlib.contextmanager
 def compiling_for(devices: Mesh) -> Iterator[None]:
-    """Functions traced and lowered inside are meant for those devices; see `target_platform`."""
-    kind = devices.devices.flat[0].device_kind
-    cores = devices.devices.flat[0].core_count
+    """Functions traced and lowered inside are meant for those devices: `pallas_kernels.current_target()` says so."""
+    first = devices.devices.flat[0]
     abstract = AbstractMesh(
         devices.axis_sizes,
         devices.axis_names,
         devices.axis_types,
-        abstract_device=AbstractDevice(kind, cores, "gpu"),
+        abstract_device=AbstractDevice(first.device_kind, first.core_count, first.platform),
     )
-    with jax.sharding.use_abstract_mesh(abstract):
+    # JAX keeps a function's trace apart for each mesh around it: what was traced for another device is not used again.
+    with (
+        jax.sharding.use_abstract_mesh(abstract),
+        pallas_kernels.compiling_for(
+            pallas_kernels.Target(first.platform, first.compute_capability, first.device_kind)
+        ),
+    ):
         yield
 
 

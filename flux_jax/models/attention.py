@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flux_jax.aot import target_platform
+from pallas_kernels import current_target
 
 
 def rotary(ids: np.ndarray, axes_dim: tuple[int, ...], theta: float) -> np.ndarray:
@@ -41,9 +41,12 @@ def attention(
 ) -> Float[Array, "b t h*d"]:
     """softmax(rotate(q) rotate(k)^T / sqrt(d)) v over all tokens, heads joined in the last axis.
 
-    cuDNN's fused kernel runs where it can (a GPU and 16-bit types: no logits in memory), XLA's elsewhere.
+    cuDNN's fused kernel runs where it can (a GPU from compute capability 8.0 and 16-bit types: no logits in memory),
+    XLA's elsewhere.
     """
-    fused = target_platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    target = current_target()
+    ampere = target.platform == "gpu" and int(target.compute_capability.partition(".")[0]) >= 8
+    fused = ampere and q.dtype in (jnp.bfloat16, jnp.float16)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code promotes inside, also where ours may not
         out = jax.nn.dot_product_attention(
             rotate(q, rope), rotate(k, rope), v, implementation="cudnn" if fused else "xla"
