@@ -78,6 +78,21 @@ class Transformer(nnx.Module):
         self.single_blocks = stack(SingleBlock, config.num_single_blocks, config, dtype=dtype, rngs=rngs)
         self.final_layer = FinalLayer(config, dtype=dtype, rngs=rngs)
         self.config = config
+        self.rematerialise = (
+            False  # set by who lacks memory for gradients: each block is computed again on the way back
+        )
+
+    def vector(
+        self, timesteps: Float[Array, " b"], guidance: Float[Array, " b"] | None, pooled: Float[Array, "b p"]
+    ) -> Float[Array, "b d"]:
+        """What every layer's modulation is a linear function of; arguments as of `modulation`."""
+        dtype, width = pooled.dtype, self.config.timestep_dim
+        vec = self.time_in(sinusoidal(timesteps, width).astype(dtype)) + self.vector_in(pooled)
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise ValueError("this model embeds guidance: pass `guidance`, float32 [b]")
+            vec = vec + self.guidance_in(sinusoidal(guidance, width).astype(dtype))
+        return jax.nn.silu(vec)
 
     def modulation(
         self,
@@ -87,14 +102,8 @@ class Transformer(nnx.Module):
     ) -> Modulation:
         """Every layer's modulation at noise levels `timesteps` (float32, 1 is pure noise); guidance is float32, or
         ignored by a model without guidance embedding. Raises ValueError if the model needs guidance and has none."""
-        dtype, width = pooled.dtype, self.config.timestep_dim
         with jax.named_scope("modulation"):
-            vec = self.time_in(sinusoidal(timesteps, width).astype(dtype)) + self.vector_in(pooled)
-            if self.guidance_in is not None:
-                if guidance is None:
-                    raise ValueError("this model embeds guidance: pass `guidance`, float32 [b]")
-                vec = vec + self.guidance_in(sinusoidal(guidance, width).astype(dtype))
-            vec = jax.nn.silu(vec)
+            vec = self.vector(timesteps, guidance, pooled)
             each = jax.vmap(lambda linear: linear(vec))
             return Modulation(
                 each(self.double_blocks.img.mod),
@@ -111,6 +120,7 @@ class Transformer(nnx.Module):
         rope: Float[Array, "2 t+i half"],
     ) -> Float[Array, "b i c"]:
         img, txt = self.img_in(img), self.txt_in(txt)
+        per_layer = jax.checkpoint if self.rematerialise else lambda layer: layer
 
         def double(x, layer):
             block, img_mod, txt_mod = layer
@@ -118,13 +128,14 @@ class Transformer(nnx.Module):
                 return block(*x, img_mod, txt_mod, rope), None
 
         layers = (self.double_blocks, modulation.double_img, modulation.double_txt)
-        (img, txt), _ = jax.lax.scan(double, (img, txt), layers)
+        (img, txt), _ = jax.lax.scan(per_layer(double), (img, txt), layers)
 
         def single(x, layer):
             block, mod = layer
             with jax.named_scope("single_block"):
                 return block(x, mod, rope), None
 
-        x, _ = jax.lax.scan(single, jnp.concatenate([txt, img], axis=1), (self.single_blocks, modulation.single))
+        joined = jnp.concatenate([txt, img], axis=1)
+        x, _ = jax.lax.scan(per_layer(single), joined, (self.single_blocks, modulation.single))
         with jax.named_scope("final_layer"):
             return self.final_layer(x[:, txt.shape[1] :], modulation.final)
