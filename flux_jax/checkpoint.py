@@ -8,11 +8,13 @@ In: a directory or an alias. Out: `Checkpoint`, whose `load` gives one part as a
 The arrays are stored as numpy arrays, so nothing in the files speaks of devices, and `orbax.checkpoint.v1.load` reads
 a part without this package. Version first, then each name, shape and dtype of the manifest and of Orbax's own
 metadata, and only then arrays: Orbax would cast a wrong dtype without a word.
+
+In a quantized checkpoint each ternary layer of the transformer has `.packed` (uint8) and `.scale` (float32) where it
+had `.weight`, and the manifest has an entry `quantization` (see `flux_jax.manifest`).
 """
 
 import importlib.metadata
 import importlib.resources
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,12 +27,12 @@ from flax import nnx
 
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
-from flux_jax.parts import PARTS, Placement, abstract_part, assemble, leaf_table, leaves
+from flux_jax.manifest import MANIFEST, TOKENIZERS, VERSION, inside, read_manifest
+from flux_jax.parts import FIXED, Placement, abstract_part, assemble, leaf_table, leaves
+from flux_jax.quantize import abstract_ternary, ternary_paths
 from flux_jax.storage import begin, disk_is_full, flatten, lined_json, nest, publish, working_name
+from pallas_kernels import validate
 
-MANIFEST = "flux_jax.json"
-VERSION = 1  # of the format; raised when an older reader would misread a newer checkpoint
-TOKENIZERS = "tokenizers"
 FLUSH_BYTES = 2**28  # weights held before they are written
 ALIASES = {"nano": "nano-bf16", "nano-bf16": "nano-bf16"}  # name -> folder in the package's data
 PACKAGES = ("flux-jax-ternary", "jax", "flax", "orbax-checkpoint", "numpy")
@@ -56,20 +58,25 @@ class Checkpoint:
     def open(cls, name: str | Path) -> "Checkpoint":
         """A directory or an alias. UserError where it is no checkpoint, of a newer format, or damaged."""
         directory = resolve(name)
-        manifest = _read_manifest(directory)
+        manifest = read_manifest(directory)
         try:
             config = FluxConfig.from_json(manifest["configs"])
         except ValueError as error:
             raise UserError(f"{directory / MANIFEST}: {error}") from None
         for entry in manifest["parts"].values():
-            _inside(directory, entry["path"])
+            inside(directory, entry["path"])
         if manifest["tokenizers"] is not None:
-            _inside(directory, manifest["tokenizers"])
+            inside(directory, manifest["tokenizers"])
         return cls(directory, manifest, config)
 
     @property
     def parts(self) -> tuple[str, ...]:
         return tuple(self.manifest["parts"])
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """What the manifest says about ternary weights; None for a checkpoint without them."""
+        return self.manifest["quantization"]
 
     @property
     def tokenizers(self) -> Path:
@@ -88,18 +95,28 @@ class Checkpoint:
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{self.directory / MANIFEST}: damaged table of the {part}: {error}") from None
 
-    def load(self, part: str, dtype: Any = None, sharding: Placement = None) -> nnx.Module:
-        """One part as a module. dtype: None keeps the stored one, else floating weights are converted after reading.
+    def load(
+        self, part: str, dtype: Any = None, sharding: Placement = None, *, activations: str | None = None
+    ) -> nnx.Module:
+        """One part as a module. dtype: None keeps the stored one, else floating weights are converted after reading,
+        scales of ternary weights excepted.
 
         sharding: None (the default device), a `jax.sharding.Sharding`, a mesh to be replicated over, or a function of
-        (path, shape) of each leaf. UserError where a weight is missing, unknown, or of another shape or dtype than the
-        manifest or this version's module says: all of them in one message, and before any array is read.
+        (path, shape) of each leaf. activations: "bf16" or "int8", what ternary weights are multiplied with; None: as
+        the manifest says. UserError where a weight is missing, unknown, or of another shape or dtype than the manifest
+        or this version's module says: all of them in one message, and before any array is read; and where packed codes
+        or their scales are damaged.
         """
-        if self.manifest["quantization"] is not None:
-            raise UserError(f"{self.directory} is quantized, which this version of flux_jax cannot load: upgrade it")
-        table, module = self.table(part), abstract_part(part, self.config)
+        table, module = self.table(part), self.abstract(part, activations=activations)
         self._check(part, table, leaf_table(module))
-        return assemble(module, lambda names: self.read(part, names), dtype=dtype, sharding=sharding)
+        ternary = ternary_paths(self.config) if part == "transformer" and self.quantization is not None else {}
+        return assemble(module, lambda names: self._verified(part, names, ternary), dtype=dtype, sharding=sharding)
+
+    def abstract(self, part: str, *, activations: str | None = None) -> nnx.Module:
+        """The module that `load` fills, with shapes for arrays. ValueError for unknown activations."""
+        if self.quantization is None or part != "transformer":
+            return abstract_part(part, self.config)
+        return abstract_ternary(self.config, activations=activations or self.quantization["activations"])
 
     def read(self, part: str, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Some weights of a part by name, as stored, on the host. No other weight is read."""
@@ -130,6 +147,20 @@ class Checkpoint:
         for name in names:
             yield name, weights.pop(name)
 
+    def _verified(self, part: str, names: list[str], ternary: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+        """`read`, and then the contents of ternary layers: codes that are none, scales that are not finite."""
+        weights = self.read(part, names)
+        for name, value in weights.items():
+            path, _, kind = name.rpartition(".")
+            try:
+                if path in ternary and kind == "packed":
+                    validate(value, ternary[path][1])
+                elif path in ternary and not np.isfinite(value).all():
+                    raise ValueError(f"{kind} {list(value.shape)} holds NaN or infinity")
+            except ValueError as error:
+                raise UserError(f"{self.directory}: {path} is damaged, copy the checkpoint again: {error}") from None
+        return weights
+
     def _check(self, part: str, table: Mapping, needed: Mapping[str, tuple[int, ...]]) -> None:
         """The manifest's table against the module, then Orbax's metadata against the manifest."""
         from orbax.checkpoint import v1 as ocp
@@ -139,8 +170,9 @@ class Checkpoint:
         for name, (dtype, shape) in table.items():
             if name in needed and shape != needed[name]:
                 faults.append(f"wrong shape: {name} is {list(shape)}, must be {list(needed[name])}")
-            if not jnp.issubdtype(dtype, jnp.floating):
-                faults.append(f"wrong dtype: {name} is {dtype}, must be floating")
+            fixed = FIXED.get(name.rpartition(".")[2])
+            if dtype != fixed if fixed is not None else not jnp.issubdtype(dtype, jnp.floating):
+                faults.append(f"wrong dtype: {name} is {dtype}, must be {fixed or 'floating'}")
         if not faults:
             stored = flatten(self._orbax(part, lambda path: ocp.metadata(path).metadata))
             faults += [f"missing in the files: {name}" for name in table if name not in stored]
@@ -157,7 +189,7 @@ class Checkpoint:
 
     def _orbax(self, part: str, call: Callable[[Path], Any]) -> Any:
         """`call` on the part's Orbax tree; whatever a damaged tree raises becomes a sentence."""
-        path = _inside(self.directory, self.manifest["parts"][part]["path"])
+        path = inside(self.directory, self.manifest["parts"][part]["path"])
         try:
             return call(path)
         except Exception as error:  # Orbax and TensorStore raise many kinds, all meaning the same
@@ -285,41 +317,6 @@ class Writer:
         elif self._held:  # a small part is one tree written at once
             ocp.save(self.working.absolute() / self._part(), nest(self._held))
         self._held, self._flushed = {}, False
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    if not path.is_file():
-        diffusers = (directory / "model_index.json").is_file()
-        hint = ": it looks like a diffusers folder, run 'python -m convert' on it" if diffusers else ""
-        raise UserError(f"{directory} is not a checkpoint of flux_jax (no {MANIFEST}){hint}")
-    try:
-        manifest = json.loads(path.read_text())
-        version = manifest["version"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: copy or convert the checkpoint again") from None
-    if version != VERSION:
-        raise UserError(f"{path} has format version {version}, this flux_jax reads version {VERSION}: upgrade flux_jax")
-    if missing := {"configs", "quantization", "tokenizers", "parts"} - manifest.keys():
-        raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
-    parts, tokenizers = manifest["parts"], manifest["tokenizers"]
-    if not isinstance(parts, dict) or not (tokenizers is None or isinstance(tokenizers, str)):
-        raise UserError(f"{path} is damaged: parts must be an object, tokenizers a path or null")
-    for part, entry in parts.items():
-        if part not in PARTS:
-            raise UserError(f"{path}: unknown part {part!r}, must be of {', '.join(PARTS)}")
-        if not isinstance(entry, dict) or type(entry.get("path")) is not str or type(entry.get("weights")) is not dict:
-            raise UserError(f"{path} is damaged: the {part} needs a path and a table of weights")
-    return manifest
-
-
-def _inside(directory: Path, relative: str) -> Path:
-    """The absolute path of a folder of the checkpoint; UserError where it leads out, by its name or by a link."""
-    root = directory.resolve()
-    path = (root / relative).resolve()
-    if Path(relative).is_absolute() or ".." in Path(relative).parts or not path.is_relative_to(root):
-        raise UserError(f"{directory / MANIFEST}: the path {relative!r} leaves the checkpoint, which is refused")
-    return path
 
 
 def _version(package: str) -> str | None:

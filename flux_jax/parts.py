@@ -24,6 +24,7 @@ PARTS = {
     "clip": ("flux_jax.models.clip", "CLIPText"),
     "vae": ("flux_jax.models.vae", "VAE"),
 }
+FIXED = {"packed": jnp.dtype(jnp.uint8), "scale": jnp.dtype(jnp.float32)}  # leaves of these names keep these dtypes
 STACKED = ("double_blocks", "single_blocks", "layers")  # children whose every leaf has a leading axis of layers
 BATCH_BYTES = 2**30  # weights read at a time, if a single leaf is not larger
 
@@ -34,11 +35,22 @@ def dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def abstract_part(part: str, config: FluxConfig, dtype=jnp.float32) -> nnx.Module:
-    """The part's module with shapes for arrays: costs no memory and draws no random number."""
+def abstract_part(
+    part: str,
+    config: FluxConfig,
+    dtype=jnp.float32,
+    change: Callable[[nnx.Module], nnx.Module] = lambda module: module,
+) -> nnx.Module:
+    """The part's module, `change`d into the form wanted, with shapes for arrays: costs no memory and draws no random
+    number."""
     module, name = PARTS[part]
     cls = getattr(importlib.import_module(module), name)
-    return nnx.eval_shape(lambda: cls(getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: change(cls(getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def has_own_dtype(name: str) -> bool:
+    """Whether a leaf's dtype is part of what it means, so that no other may be asked for: packed codes, scales."""
+    return name.rpartition(".")[2] in FIXED
 
 
 def layer_names(path: str, layers: int) -> list[str] | None:
@@ -86,8 +98,8 @@ def assemble(
 ) -> nnx.Module:
     """The abstract `module` with weights: `read` gives arrays by outside name, in batches of about a gigabyte.
 
-    dtype converts floating weights after reading (None: as read); sharding is one for all leaves, a mesh to be
-    replicated over, or a function of (path, shape). Host memory: one batch and one stacked leaf.
+    dtype converts floating weights after reading (None: as read), but no leaf of `FIXED`; sharding is one for all
+    leaves, a mesh to be replicated over, or a function of (path, shape). Host memory: one batch and one stacked leaf.
     """
     definition, state = nnx.split(module)
     filled = []
@@ -98,7 +110,8 @@ def assemble(
         for path, variable in batch:
             parts = [weights.pop(name) for name in names[path]]
             stored = parts[0].dtype if parts else variable.dtype  # a model may have no block of a kind
-            target = dtype if dtype is not None and jnp.issubdtype(stored, jnp.floating) else stored
+            free = jnp.issubdtype(stored, jnp.floating) and not has_own_dtype(dotted(path))
+            target = dtype if dtype is not None and free else stored
             host = np.empty(variable.shape, target)
             for i, value in enumerate(parts):
                 host[... if layers[path] is None else i] = value

@@ -2,21 +2,30 @@
 
 In: weights [..., n, k] of any floating dtype. Out: codes int8 [..., n, k] in {-1, 0, 1} and one scale per output
 channel, float32 [..., n]; the layer then multiplies by codes * scale. The rule on module paths covers every linear of
-every block, modulation included; embedders, the final layer and all norms keep their precision. Sources: BitNet b1.58
-(arXiv 2402.17764, absmean), Ternary Weight Networks (arXiv 1605.04711, least squares) with the threshold found exactly.
+every block, modulation included; embedders, the final layer and all norms keep their precision. `replace_linears` and
+what builds on it turn a transformer, also an abstract one, into its ternary form. Sources: BitNet b1.58 (arXiv
+2402.17764, absmean), Ternary Weight Networks (arXiv 1605.04711, least squares) with the threshold found exactly.
 """
 
+import functools
+import math
 import os
 import re
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-Method = Literal["least-squares", "absmean"]
-METHODS: tuple[str, ...] = get_args(Method)
+from flux_jax.config import FluxConfig
+from flux_jax.models.linear import Linear
+from flux_jax.models.ternary import TernaryLinear
+from flux_jax.parts import abstract_part, dotted, leaf_table
+
+METHODS = ("least-squares", "absmean")
 CHUNK = 2**18  # weights of a numpy array that a thread works on at a time: about 10 MB of intermediate results
 TINY = np.finfo(np.float32).tiny  # in place of a divisor that is zero
 
@@ -87,3 +96,77 @@ def _least_squares(w, second_moment, xp, sums):
     used = kept * moments
     scale = (used * size).sum(-1, dtype=sums) / xp.maximum(used.sum(-1, dtype=sums), TINY)
     return (xp.sign(w) * kept).astype(np.int8), scale.astype(np.float32)
+
+
+def replace_linears(transformer: nnx.Module, change: Callable[[str, Any], nnx.Module]) -> nnx.Module:
+    """The transformer with change(path, layer) in place of each layer that the rule names; all else is shared.
+
+    Layers come as they are in the program: stacked ("double_blocks.img.qkv", leaves [L, ...]).
+    """
+    copy = nnx.merge(*nnx.split(transformer))
+    for path, layer in list(nnx.iter_modules(copy)):
+        if is_ternary(dotted(path)):
+            parent = functools.reduce(getattr, path[:-1], copy)
+            setattr(parent, str(path[-1]), change(dotted(path), layer))
+    return copy
+
+
+def quantize_transformer(
+    transformer: nnx.Module, method: str = "least-squares", *, activations: str = "bf16"
+) -> nnx.Module:
+    """A transformer whose block linears are `TernaryLinear`s with rounded weights; biases and the rest are shared.
+
+    May be traced (`jax.jit`, `nnx.eval_shape`). Nothing is trained here: FLUX rounded like this paints noise.
+    """
+
+    def change(_: str, linear: Linear) -> TernaryLinear:
+        codes, scale = ternarize(linear.weight[...], method)
+        bias = None if linear.bias is None else linear.bias[...]
+        return TernaryLinear.from_codes(codes, scale, bias, activations=activations)
+
+    return replace_linears(transformer, change)
+
+
+def abstract_ternary(config: FluxConfig, dtype: Any = jnp.float32, *, activations: str = "bf16") -> nnx.Module:
+    """The ternary transformer of a configuration with shapes for arrays; dtype: of all that is neither codes nor
+    scales."""
+    change = functools.partial(quantize_transformer, method="absmean", activations=activations)
+    return abstract_part("transformer", config, dtype, change)
+
+
+def ternary_paths(config: FluxConfig) -> dict[str, tuple[int, int]]:
+    """Path of each ternary layer ("double_blocks.7.img.qkv") -> its weight's shape (n, k). FLUX.1-dev has 304:
+    queries, keys and values are one matrix here, so these are 494 linears in the published files."""
+    table = leaf_table(abstract_part("transformer", config))
+    split = ((name.rpartition("."), shape) for name, shape in table.items())
+    return {path: (shape[0], shape[1]) for (path, _, kind), shape in split if kind == "weight" and is_ternary(path)}
+
+
+def report(config: FluxConfig) -> str:
+    """A table of every layer of the transformer, what it becomes and how many parameters it has; totals below."""
+    table = leaf_table(abstract_part("transformer", config))
+    rows: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for name, shape in table.items():
+        path, _, kind = name.rpartition(".")
+        form = "ternary" if kind == "weight" and is_ternary(path) else "kept"
+        rows.setdefault((form, re.sub(r"\.\d+\.", ".*.", name)), []).append(shape)
+    width = max(len(name) for _, name in rows)
+    lines = [
+        f"{form:8}{name:{width}}  {len(shapes):3} x {list(shapes[0])!s:15}{sum(map(math.prod, shapes)):>18,}"
+        for (form, name), shapes in sorted(rows.items(), key=lambda row: row[0][0] == "kept")
+    ]
+    linears = {name.removesuffix(".weight") for name, shape in table.items() if len(shape) == 2}
+    ternary = ternary_paths(config)
+    ours, published = (f"{each(ternary):,} of {each(linears):,}" for each in (len, _published))
+    count, total = sum(map(math.prod, ternary.values())), sum(map(math.prod, table.values()))
+    return "\n".join(
+        [
+            *lines,
+            f"ternary: {count:,} of {total:,} parameters ({count / total:.2%}), {ours} matrices: {published} linears",
+        ]
+    )
+
+
+def _published(paths: Iterable[str]) -> int:
+    """How many linears these are in diffusers' files: queries, keys, values, a single block's MLP are apart there."""
+    return sum({"qkv": 3, "linear1": 4}.get(path.rpartition(".")[2], 1) for path in paths)

@@ -1,0 +1,50 @@
+"""The linear layer whose weights are -1, 0 or +1 times a scale per output channel, held at two bits each.
+
+In: activations [..., d_in]. Out: [..., d_out] in their dtype. The packed codes go to `pallas_kernels.ternary_matmul` as
+they lie in memory; the unpacked matrix never exists. Leaves may carry a leading axis of layers, as every leaf of a
+stacked block does: under `jax.lax.scan` or `jax.vmap` the layer sees its own.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels import pack_ternary, ternary_matmul, unpack_ternary
+from pallas_kernels.settings import ACTIVATIONS
+
+
+class PackedTernary(nnx.Variable):
+    """Codes packed to two bits, uint8 [..., n, packed_width(k)]; `pallas_kernels.packing` specifies the layout."""
+
+
+class TernaryLinear(nnx.Module):
+    """y = x @ (codes * scale).T + bias, in x's dtype.
+
+    packed uint8 [..., n, packed_width(d_in)], scale float32 [..., n], bias [..., n] or none. activations: "bf16" takes
+    x as it is, in its own floating dtype; "int8" rounds each row of x to int8 with a scale of its own, and then sums
+    integers exactly. ValueError for other activations.
+    """
+
+    def __init__(self, packed: Any, scale: Any, bias: Any = None, *, d_in: int, activations: str = "bf16"):
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}")
+        self.packed = PackedTernary(packed)
+        self.scale = nnx.Param(scale)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.d_in, self.activations = d_in, activations
+
+    @classmethod
+    def from_codes(cls, codes: Any, scale: Any, bias: Any = None, *, activations: str = "bf16") -> "TernaryLinear":
+        """codes int8 [..., n, k] in {-1, 0, 1}, scale float32 [..., n], bias [..., n]. ValueError: other codes."""
+        return cls(pack_ternary(codes), scale, bias, d_in=codes.shape[-1], activations=activations)
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        bias = None if self.bias is None else self.bias[...]
+        return ternary_matmul(x, self.packed[...], self.scale[...], bias, activations=self.activations)
+
+    def dense(self, dtype: Any = jnp.float32) -> Array:
+        """The weight matrix that this layer stands for, codes * scale, [..., n, k]."""
+        codes = unpack_ternary(self.packed[...], self.d_in)
+        return (codes.astype(jnp.float32) * self.scale[...][..., None]).astype(dtype)
