@@ -30,16 +30,28 @@ def quantize_rows(x: Float[Array, "*rows k"]) -> tuple[Int8[Array, "*rows k"], F
 
 def integer_sums(q: Int8[Array, "m k"], codes: Int8[Array, "n k"]) -> Int32[Array, "m n"]:
     """q @ codes.T, exact. On a CPU by float32 products, whose sums of integers are exact below 2**24, and faster."""
-
-    def by_floats(q, codes):
-        return _dot(q.astype(jnp.float32), codes.astype(jnp.float32), jnp.float32).astype(jnp.int32)
-
-    def by_integers(q, codes):
-        return _dot(q, codes, jnp.int32)
-
     if q.shape[-1] > EXACT_IN_FLOAT32:
-        return by_integers(q, codes)
-    return jax.lax.platform_dependent(q, codes, cpu=by_floats, default=by_integers)
+        return _dot(q, codes, jnp.int8, jnp.int32)
+    return jax.lax.platform_dependent(
+        q,
+        codes,
+        cpu=lambda q, codes: _dot(q, codes, jnp.float32, jnp.float32).astype(jnp.int32),
+        default=lambda q, codes: _dot(q, codes, jnp.int8, jnp.int32),
+    )
+
+
+def floating_sums(x: Float[Array, "m k"], codes: Int8[Array, "n k"]) -> Float32[Array, "m n"]:
+    """x @ codes.T in x's dtype, accumulated in float32.
+
+    A GPU returns x's dtype, to write no float32 matrix: it would cost a third of the time of the product itself. A CPU
+    that is asked for bfloat16 rounds between parts of the sum, too, so there it is float32.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        codes,
+        cpu=lambda x, codes: _dot(x, codes, x.dtype, jnp.float32),
+        default=lambda x, codes: _dot(x, codes, x.dtype, x.dtype).astype(jnp.float32),
+    )
 
 
 def matmul(
@@ -61,13 +73,14 @@ def matmul(
         bias = None if bias is None else bias[layer]
     codes = unpack_ternary(packed, x.shape[-1])
     if row_scale is None:
-        # In x's own dtype, which a GPU accumulates in float32: a float32 result would cost more to write than to make.
-        y = _dot(x, codes.astype(x.dtype), x.dtype).astype(jnp.float32)
+        y = floating_sums(x, codes)
     else:
         y = integer_sums(x, codes).astype(jnp.float32) * row_scale[:, None]
     y = y * scale[None]
     return (y if bias is None else y + bias.astype(jnp.float32)[None]).astype(out_dtype)
 
 
-def _dot(x, codes, dtype):
-    return jax.lax.dot_general(x, codes, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+def _dot(x, codes, operands, result):
+    """x @ codes.T with operands of one dtype and sums of another."""
+    x, codes = x.astype(operands), codes.astype(operands)
+    return jax.lax.dot_general(x, codes, (((1,), (1,)), ((), ())), preferred_element_type=result)

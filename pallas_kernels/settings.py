@@ -1,30 +1,57 @@
 """Which backend and which tiles: decided from the device, the shape and the kind of activations, before any tracing.
 
 In: the device that is compiled for and the m, n, k of a product. Out: the name of a backend, the kernel's `Settings`.
+
+Settings come from `tuned/<device>.json` where that device and shape were measured, else from `heuristic`, which follows
+what the compiler says (registers, spills, shared memory, instructions), for no time was measured yet.
 """
 
 import contextlib
 import functools
+import json
+import re
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import jax
 
+from pallas_kernels.packing import LAYOUT_VERSION, TILE, packed_width
+
 ACTIVATIONS = ("bf16", "int8")
 IMPLEMENTATIONS = ("xla", "triton")
+TABLES = Path(__file__).with_name("tuned")
+# With more rows than this, floating activations go to XLA, which unpacks to a scratch matrix for cuBLAS. By roofline,
+# not measured: the kernel saves 4 bytes of traffic a weight, and has some two thirds of cuBLAS's rate of arithmetic.
+FLOATING_ROWS = 512
+GEMV_ROWS = 16  # up to here a product is one pass over the weights, and rows are filled up for the tensor cores
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Tiles of the Triton kernel: block_m tokens x block_n channels, block_k codes a step; all are powers of two."""
+    """Tiles of the Triton kernel: block_m tokens x block_n channels, block_k codes a step.
+
+    Blocks are powers of two, block_m and block_n from 16 (a tensor core's least) and block_k from one tile of the layout
+    up; num_warps is 1, 2, 4, 8 or 16; num_stages, the depth of the load pipeline, 1 to 8. ValueError for anything else.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+
+    def __post_init__(self):
+        least = {"block_m": 16, "block_n": 16, "block_k": TILE, "num_warps": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < smallest or value & (value - 1):
+                raise ValueError(f"{name} is {value!r}: expected a power of two from {smallest} up")
+        if self.num_warps > 16 or self.num_stages not in range(1, 9):
+            pair = f"{self.num_warps!r} and {self.num_stages!r}"
+            raise ValueError(f"num_warps and num_stages are {pair}: expected at most 16, and 1 to 8")
 
 
 @dataclass(frozen=True)
@@ -77,17 +104,77 @@ def supported(implementation: str, target: Target) -> tuple[bool, str]:
     return True, ""
 
 
-def choose(implementation: str | None, target: Target, m: int, activations: str) -> str:
-    """The backend of one product. ValueError where the one asked for by name is unknown or unsupported."""
+def choose(implementation: str | None, target: Target, m: int, operand: str) -> str:
+    """The backend of a product with m rows of `operand` ("int8", or the name of a floating dtype).
+
+    None takes Triton where it is supported and pays: int8 always, 16-bit floats up to `FLOATING_ROWS`, float32 never.
+    ValueError where the one asked for by name is unknown or unsupported.
+    """
     ok, reason = supported(implementation or "triton", target)
-    if implementation is not None and not ok:
-        raise ValueError(f"implementation is {implementation!r}: {reason}; use 'xla' or None")
     if implementation is not None:
+        if not ok:
+            raise ValueError(f"implementation is {implementation!r}: {reason}; expected None or 'xla'")
         return implementation
     if not ok:
         _say(f"pallas_kernels: ternary products run in XLA: {reason}")
         return "xla"
-    return "triton"
+    pays = operand == "int8" or (operand != "float32" and m <= FLOATING_ROWS)
+    return "triton" if pays else "xla"
+
+
+def choose_settings(target: Target, m: int, n: int, k: int, operand: str) -> Settings:
+    """Measured settings of this device, operand, n and k, of the nearest m within a factor of 2; else `heuristic`."""
+    rows = [r for r in read_table(table_path(target.name)) if (r["operand"], r["n"], r["k"]) == (operand, n, k)]
+    rows = [r for r in rows if r["m"] <= 2 * m and m <= 2 * r["m"]]
+    if not rows:
+        return heuristic(target, m, n, k, operand)
+    return Settings(**min(rows, key=lambda r: max(m / r["m"], r["m"] / m))["settings"])
+
+
+def heuristic(target: Target, m: int, n: int, k: int, operand: str) -> Settings:
+    """Settings for any device and shape: the widest tiles that spill no register and fit the shared memory."""
+    hopper = _capability(target) >= (9, 0)
+    whole = 4 * packed_width(k) % 256 == 0  # else a step of 256 codes would end in the middle
+    if operand == "float32":
+        return Settings(32, 64, 128, 4, 2)
+    if m <= GEMV_ROWS:
+        return Settings(16, 32, 512 if 4 * packed_width(k) % 512 == 0 else 128, 4, 4)
+    block_m = min(128, max(32, 1 << (m - 1).bit_length()))
+    if not hopper:
+        return Settings(block_m, 128, 128, 8 if block_m == 128 else 4, 3)
+    if not whole:
+        return Settings(block_m, 128, 128, 4 if operand == "int8" else 8, 3)
+    # 256 channels wide while that leaves a tile for each of some 132 multiprocessors, of which one holds two narrow ones.
+    wide = -(-m // block_m) * -(-n // 256) >= 128
+    return Settings(block_m, 256 if wide else 128, 256, 8, 3 if operand == "int8" else 2)
+
+
+def table_path(device: str) -> Path:
+    """Where the measured settings of a device, by its name ("NVIDIA A10"), are kept, whether or not there are any."""
+    return TABLES / (re.sub("[^a-z0-9]+", "_", device.lower()).strip("_") + ".json")
+
+
+@functools.cache
+def read_table(path: Path) -> list[dict]:
+    """The rows {operand, m, n, k, settings, ...} of a table of measured settings, none where there is no such file.
+
+    ValueError in one sentence where it is damaged or was measured with another layout.
+    """
+    if not path.is_file():
+        return []
+    try:
+        table = json.loads(path.read_text())
+        rows = [{**row, "settings": asdict(Settings(**row["settings"]))} for row in table["rows"]]
+        if not all(isinstance(row[key], int) for row in rows for key in "mnk") or any("operand" not in r for r in rows):
+            raise ValueError("each row has an operand and integers m, n, k")
+        layout = table["layout"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of measured settings: {error}; tune again, or remove it") from None
+    if layout != LAYOUT_VERSION:
+        raise ValueError(
+            f"{path} was measured with layout {layout}, and this is {LAYOUT_VERSION}: tune again, or remove it"
+        )
+    return rows
 
 
 def _capability(target: Target) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ In: x [..., k], packed [n, kp] uint8 (see `packing`), scale [n], bias [n]. Out: 
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +16,15 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import reference
 from pallas_kernels.packing import AnyArray, check_packed, has_values, unpack_ternary
-from pallas_kernels.settings import ACTIVATIONS, choose, current_target
+from pallas_kernels.settings import ACTIVATIONS, Settings, choose, choose_settings, current_target
 
 
 class Plan(NamedTuple):
     """What is fixed when a product is traced."""
 
     activations: str
-    implementation: str
+    settings: Settings | None  # of the Triton kernel; None runs in XLA
+    interpret: bool
 
 
 def ternary_matmul(
@@ -48,9 +50,15 @@ def ternary_matmul(
     """
     arrays = [None if a is None else jnp.asarray(a) for a in (x, packed, scale, bias, layer)]
     _check(*arrays, activations)
-    m = int(np.prod(arrays[0].shape[:-1]))
-    plan = Plan(activations, choose(implementation, current_target(), m, activations))
-    return _product(plan, *_vary_alike(arrays))
+    return _compiled(_plan(*arrays[:2], activations, implementation), *_vary_alike(arrays))
+
+
+def _plan(x: Any, packed: Any, activations: str, implementation: str | None) -> Plan:
+    target, (*rows, k), n = current_target(), x.shape, packed.shape[-2]
+    m, operand = math.prod(rows), "int8" if activations == "int8" else x.dtype.name
+    if choose(implementation, target, m, operand) == "xla":
+        return Plan(activations, None, False)
+    return Plan(activations, choose_settings(target, m, n, k, operand), target.platform == "interpret")
 
 
 def _check(x: Any, packed: Any, scale: Any, bias: Any, layer: Any, activations: str) -> None:
@@ -94,7 +102,16 @@ def _product(plan: Plan, x, packed, scale, bias, layer):
     rows, row_scale = reference.quantize_rows(rows) if plan.activations == "int8" else (rows, None)
     if k != 4 * width:
         rows = jnp.pad(rows, ((0, 0), (0, 4 * width - k)))
-    y = reference.matmul(rows, row_scale, packed, scale.astype(jnp.float32), bias, out_dtype=x.dtype, layer=layer)
+    operands, options = (
+        (rows, row_scale, packed, scale.astype(jnp.float32), bias),
+        {"out_dtype": x.dtype, "layer": layer},
+    )
+    if plan.settings is None:
+        y = reference.matmul(*operands, **options)
+    else:
+        from pallas_kernels import triton  # deprecated in JAX: not even imported where XLA does the work
+
+        y = triton.matmul(*operands, **options, settings=plan.settings, interpret=plan.interpret)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -110,7 +127,8 @@ def _backward(plan: Plan, saved, dy):
 
     dy = dy.astype(jnp.float32)
     codes = unpack_ternary(pick(packed), x.shape[-1]).astype(x.dtype)
-    dx = (dy * jnp.expand_dims(pick(scale).astype(jnp.float32), range(dy.ndim - 1))).astype(x.dtype) @ codes
+    dx = (dy * jnp.expand_dims(pick(scale).astype(jnp.float32), range(dy.ndim - 1))).astype(x.dtype)
+    dx = jnp.matmul(dx, codes, preferred_element_type=jnp.float32).astype(x.dtype)
 
     def spread(gradient, like):
         """To the shape that the layers are stacked in."""
@@ -126,3 +144,4 @@ def _backward(plan: Plan, saved, dy):
 
 
 _product.defvjp(_forward, _backward)
+_compiled = jax.jit(_product, static_argnums=0, inline=True)
