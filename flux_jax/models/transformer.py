@@ -78,9 +78,7 @@ class Transformer(nnx.Module):
         self.single_blocks = stack(SingleBlock, config.num_single_blocks, config, dtype=dtype, rngs=rngs)
         self.final_layer = FinalLayer(config, dtype=dtype, rngs=rngs)
         self.config = config
-        self.rematerialise = (
-            False  # set by who lacks memory for gradients: each block is computed again on the way back
-        )
+        self.rematerialise = False  # where memory is short: each block is computed again for its gradients
 
     def vector(
         self, timesteps: Float[Array, " b"], guidance: Float[Array, " b"] | None, pooled: Float[Array, "b p"]
