@@ -1,53 +1,65 @@
-"""`python -m flux_jax.evaluate nano --model nano-bf16 --out DIR`: table on stderr, with --json an object on stdout."""
+"""`python -m flux_jax.evaluate WHAT`: pictures for the official evaluators, their scores, FLUX-nano's own.
 
-import argparse
+In: a command line. Out: folders of pictures, tables; progress on stderr, on stdout only what a script would read. Exit
+status 0, 2 (bad input), 3 (missing weights), 4 (out of memory), 130 (interrupted: what was finished is kept).
+"""
+
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from flux_jax.cli import Parser
 from flux_jax.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one evaluation and returns the exit status; a user's mistake is one sentence on stderr and status 2 or 3."""
-    parser = argparse.ArgumentParser(prog="python -m flux_jax.evaluate")
-    nano = parser.add_subparsers(required=True, metavar="WHAT").add_parser(
-        "nano", help="FLUX-nano on 553 held-out captions, judged by its oracle"
-    )
-    add = nano.add_argument
-    add("--model", default="nano-bf16", help="checkpoint folder or alias (default: %(default)s)")
-    add("--out", type=Path, required=True, help="folder for pictures, verdicts.jsonl and summary.json")
-    add("--steps", type=int, default=28, help="denoising steps (default: %(default)s)")
-    add("--guidance", type=float, help="guidance scale (default: the model's)")
-    add("--seed", type=int, default=0, help="picture i has seed SEED + i (default: %(default)s)")
-    add("--every", type=int, default=1, help="only each N-th caption (default: all 553)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    add("--json", action="store_true", help="print one JSON object on stdout")
+    """Runs one command and returns the exit status; a user's mistake is one sentence on stderr."""
+    return guarded(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> None:
+    from flux_jax.evaluate import making, nano_run, scoring
+    from flux_jax.generate import set_environment
+
+    parser = Parser(prog="python -m flux_jax.evaluate", description="How good the pictures are.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
+    making.add_commands(commands)
+    scoring.add_command(commands)
+    nano_run.add_command(commands)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = parser.parse_args(argv)
-    try:
-        if args.every < 1:
-            raise UserError(f"--every must be at least 1, not {args.every}.")
-        return run(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-
-
-def run(args: argparse.Namespace) -> int:
-    from flux_jax import cache
-    from flux_jax.evaluate import nano
-    from flux_jax.pipeline import FluxPipeline
-
-    cache.enable()
-    pipe = FluxPipeline.from_pretrained(args.model, dtype=args.dtype)
-    sampling = {"num_inference_steps": args.steps}
-    sampling["guidance_scale"] = pipe.config.sampling.guidance_scale if args.guidance is None else args.guidance
-    result = {"model": str(args.model)} | nano.evaluate(pipe, args.out, seed=args.seed, every=args.every, **sampling)
-    print(nano.table(result), file=sys.stderr)
+    set_environment(getattr(args, "device", None))
+    report = args.run(args, say)
     if args.json:
-        print(json.dumps(result))
-    return 0
+        print(json.dumps(report, ensure_ascii=False))
+
+
+def guarded(command: Callable[[], Any]) -> int:
+    """Calls it and returns the exit status; foreseeable failures and warnings are sentences on stderr."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_, **__: say(str(message))
+            command()
+        return 0
+    except UserError as error:
+        say(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("Interrupted; pictures that were finished are kept, and the same command goes on from there.")
+        return 130
+    except (MemoryError, RuntimeError) as error:  # jax.errors.JaxRuntimeError is a RuntimeError
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        say("Out of memory; choose a smaller --size, or a model with @dtype=bfloat16.")
+        return 4
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ not made again.
 import dataclasses
 import io
 import json
-import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,10 +20,9 @@ from tqdm import tqdm
 
 from flux_jax import images
 from flux_jax.evaluate.sheet import sheet
+from flux_jax.evaluate.statistics import Estimate, average, wilson
 from flux_jax.nano.captions import EVALUATION, Caption, evaluation_captions
 from flux_jax.nano.oracle import Verdict, score
-
-Z95 = 1.959964  # of the standard normal distribution: 2.5 % lie above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +103,8 @@ def row(task: Task, verdict: Verdict) -> dict[str, Any]:
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Per tag: the share of correct pictures with its 95 % interval. Overall, as in GenEval: the mean over the tags,
-    with the interval of a mean of independent shares (normal approximation)."""
+    """Per tag: the share of correct pictures with Wilson's 95 % interval. Overall, as in GenEval: the mean over the
+    tags, with the interval of `statistics.average`."""
     by_tag: dict[str, list[dict]] = {}
     for entry in rows:
         by_tag.setdefault(entry["tag"], []).append(entry)
@@ -115,23 +113,14 @@ def summary(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         if entries := by_tag.get(tag):
             right, count = sum(entry["correct"] for entry in entries), len(entries)
             tags[tag] = {"score": right / count, "interval": wilson(right, count), "count": count}
-    overall = float(np.mean([tag["score"] for tag in tags.values()]))
-    variance = sum(tag["score"] * (1 - tag["score"]) / tag["count"] for tag in tags.values()) / len(tags) ** 2
-    margin = Z95 * math.sqrt(variance)
+    parts = [Estimate(t["score"], tuple(t["interval"]), t["count"], t["count"]) for t in tags.values()]
+    overall = average(parts)
     return {
-        "overall": {"score": overall, "interval": [max(0.0, overall - margin), min(1.0, overall + margin)]},
+        "overall": {"score": overall.score, "interval": list(overall.interval)},
         "tags": tags,
         "exact": float(np.mean([entry["exact"] for entries in by_tag.values() for entry in entries])),
         "recognisable": float(np.mean([entry["recognisable"] for entries in by_tag.values() for entry in entries])),
     }
-
-
-def wilson(right: int, count: int) -> list[float]:
-    """95 % interval of a share (Wilson, 1927, equation for the score interval)."""
-    share, z2 = right / count, Z95**2 / count
-    middle = (share + z2 / 2) / (1 + z2)
-    half = math.sqrt(share * (1 - share) * z2 + z2**2 / 4) / (1 + z2)
-    return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
 def lines(rows: Iterable[dict[str, Any]]) -> bytes:

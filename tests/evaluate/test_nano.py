@@ -71,8 +71,9 @@ def test_overall_is_the_mean_over_tags():
     ]
     result = nano.summary(rows)
     assert result["overall"]["score"] == pytest.approx((0.75 + 0.1) / 2)
-    margin = 1.959964 * np.sqrt(0.75 * 0.25 / 4 + 0.1 * 0.9 / 10) / 2
-    np.testing.assert_allclose(result["overall"]["interval"], [0.425 - margin, 0.425 + margin], atol=1e-6)
+    (low1, high1), (low2, high2) = nano.wilson(3, 4), nano.wilson(1, 10)
+    margins = np.hypot(0.75 - low1, 0.1 - low2) / 2, np.hypot(high1 - 0.75, high2 - 0.1) / 2
+    np.testing.assert_allclose(result["overall"]["interval"], [0.425 - margins[0], 0.425 + margins[1]], atol=1e-6)
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 7), (7, 7), (40, 99), (1, 1)])

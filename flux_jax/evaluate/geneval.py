@@ -1,0 +1,127 @@
+"""GenEval's judgement, as plain functions over the detections of any detector (Ghosh et al., arXiv 2310.11513, and the
+rules of its evaluator).
+
+In: what a detector found in a picture (class -> detections, corners in pixels with y downwards) and a prompt's metadata
+(a line of `evaluation_metadata.jsonl`). Out: is the prompt true of the picture, and if not, why. Colours are the
+detection's own: GenEval asks CLIP for them, a caller may ask anything.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TAGS = {  # and GenEval's numbers of prompts, 553 in all
+    "single_object": 80,
+    "two_object": 99,
+    "counting": 80,
+    "colors": 94,
+    "position": 100,
+    "color_attr": 100,
+}
+CONFIDENCE = 0.3  # below it a detection does not count ...
+COUNTING_CONFIDENCE = 0.9  # ... nor below this, where objects are counted
+MAX_OBJECTS = 16  # of one class
+MAX_OVERLAP = 1.0  # of two detections of one class; 1 keeps all, as the published scores do
+POSITION_THRESHOLD = 0.1  # share of the summed sides that an offset must exceed to count
+NOTHING = 1e-3  # pixels: an offset below it says nothing
+
+
+@dataclass(frozen=True)
+class Detection:
+    """box: x0, y0, x1, y1 in pixels; `color` only where prompts name one."""
+
+    box: tuple[float, float, float, float]
+    confidence: float = 1.0
+    color: str | None = None
+
+
+def overlap(a: Detection, b: Detection) -> float:
+    """Intersection over union of the boxes, in whole pixels: both edges belong to the box."""
+
+    def area(x0: float, y0: float, x1: float, y1: float) -> float:
+        return max(x1 - x0 + 1, 0.0) * max(y1 - y0 + 1, 0.0)
+
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a.box, b.box
+    common = area(max(ax0, bx0), max(ay0, by0), min(ax1, bx1), min(ay1, by1))
+    union = area(*a.box) + area(*b.box) - common
+    return common / union if union else 0.0
+
+
+def keep(
+    detections: Iterable[Detection],
+    confidence: float = CONFIDENCE,
+    max_objects: int = MAX_OBJECTS,
+    max_overlap: float = MAX_OVERLAP,
+) -> list[Detection]:
+    """The detections of one class that count, most certain first: above `confidence`, at most `max_objects`, and of
+    those that overlap by `max_overlap` or more only the most certain (1: all)."""
+    ordered = sorted((d for d in detections if d.confidence > confidence), key=lambda d: -d.confidence)
+    kept: list[Detection] = []
+    for detection in ordered[:max_objects]:
+        if max_overlap >= 1 or all(overlap(detection, other) < max_overlap for other in kept):
+            kept.append(detection)
+    return kept
+
+
+def relations(a: Detection, b: Detection, threshold: float = POSITION_THRESHOLD) -> set[str]:
+    """Where a lies of b: of "left of", "right of", "above", "below". From the offset of the centres, `threshold` times
+    the summed widths (heights) is taken off; what is left must exceed half of the whole offset's length."""
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a.box, b.box
+    across, down = (ax0 + ax1 - bx0 - bx1) / 2, (ay0 + ay1 - by0 - by1) / 2
+    left_across = max(abs(across) - threshold * (abs(ax1 - ax0) + abs(bx1 - bx0)), 0.0)
+    left_down = max(abs(down) - threshold * (abs(ay1 - ay0) + abs(by1 - by0)), 0.0)
+    if max(left_across, left_down) < NOTHING:
+        return set()
+    half = math.hypot(across, down) / 2
+    found = set()
+    if left_across > half:
+        found.add("left of" if across < 0 else "right of")
+    if left_down > half:
+        found.add("above" if down < 0 else "below")
+    return found
+
+
+def judge(metadata: Mapping[str, Any], detections: Mapping[str, Iterable[Detection]]) -> tuple[bool, str]:
+    """Whether a prompt is true of a picture, and what contradicts it (a line each).
+
+    metadata: `tag`; `include`, all of which must hold: class, count, and where named color and position (relation,
+    index of the object it refers to); `exclude`, none of which may: class and count. Only the `count` most certain
+    detections of a class are looked at for colour and position. More objects than asked for do harm only where
+    `exclude` says so, which it does in counting.
+    """
+    least = COUNTING_CONFIDENCE if metadata["tag"] == "counting" else CONFIDENCE
+    objects = {name: keep(found, least) for name, found in detections.items()}
+    matched: list[list[Detection] | None] = []
+    faults: list[str] = []
+    for wanted in metadata.get("include", ()):
+        found = objects.get(wanted["class"], [])[: wanted["count"]]
+        fault = _fault(wanted, found, matched)
+        matched.append(None if fault else found)
+        if fault:
+            faults.append(fault)
+    for unwanted in metadata.get("exclude", ()):
+        number = len(objects.get(unwanted["class"], []))
+        if number >= unwanted["count"]:
+            faults.append(f"{number} of {unwanted['class']}, fewer than {unwanted['count']} expected")
+    return not faults, "\n".join(faults)
+
+
+def _fault(wanted: Mapping[str, Any], found: Sequence[Detection], matched: Sequence[Sequence[Detection] | None]) -> str:
+    name, count = wanted["class"], wanted["count"]
+    if len(found) < count:
+        return f"{len(found)} of {name}, {count} expected"
+    if "color" in wanted:
+        colors = [d.color for d in found]
+        if colors.count(wanted["color"]) < count:
+            return f"{name} is {', '.join(map(str, colors))}, {wanted['color']} expected"
+    if "position" in wanted:
+        relation, index = wanted["position"]
+        targets = matched[index]
+        if targets is None:
+            return f"nothing for {name} to be {relation}"
+        for a in found:
+            for b in targets:
+                if relation not in (true := relations(a, b)):
+                    return f"{name} is {' and '.join(sorted(true)) or 'nowhere clear'}, {relation} expected"
+    return ""

@@ -1,0 +1,124 @@
+"""`python -m flux_jax.evaluate score NAME=PATH ...`: the paper's two tables, with measured rows below its own.
+
+In: what the official evaluators wrote (`flux_jax.evaluate.results`). Out: Markdown tables on stdout, each measured
+score with its 95 % interval, and, where several models were measured on the same prompts, their differences to the
+first; with --json one object instead.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flux_jax.errors import UserError
+from flux_jax.evaluate import paper, results
+from flux_jax.evaluate.results import Measured
+from flux_jax.evaluate.statistics import Estimate, average, mean, mean_difference, share
+
+TABLES = {
+    "geneval": (paper.GENEVAL_TITLE, paper.GENEVAL_COLUMNS, paper.GENEVAL, 2),
+    "t2i-compbench": (paper.T2I_TITLE, paper.T2I_COLUMNS, paper.T2I, 4),
+}
+ABSENT = "–"
+
+
+def add_command(commands) -> None:
+    parser = commands.add_parser("score", help="the official evaluators' results as the paper's Tables 1 and 2")
+    parser.add_argument(
+        "measured",
+        nargs="+",
+        metavar="NAME=PATH",
+        help="GenEval's results.jsonl, or a folder with T2I-CompBench's results in a folder for each category",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """Reads, prints the tables unless --json will print the report, and returns it."""
+    found: dict[str, list[Measured]] = {}
+    for words in args.measured:
+        name, separator, path = words.partition("=")
+        if not separator or not name or not path:
+            raise UserError(f"{words}: say what to call it, as in ours={words}.")
+        benchmark, measured = results.read(Path(path), name)
+        if any(other.name == name for other in found.get(benchmark, ())):
+            raise UserError(f"{name} is named twice in {benchmark}; give each its own name.")
+        found.setdefault(benchmark, []).append(measured)
+    report: dict[str, Any] = {}
+    pages = []
+    for benchmark, models in found.items():
+        scores = {model.name: estimates(model, benchmark) for model in models}
+        changes = {model.name: differences(models[0], model) for model in models[1:]}
+        notes = [note for model in models for note in model.notes]
+        pages.append(page(benchmark, scores, changes, models[0].name, notes))
+        report[benchmark] = {
+            "scores": {name: results.as_json(each) for name, each in scores.items()},
+            "differences_to_first": {name: results.as_json(each) for name, each in changes.items()},
+            "notes": notes,
+        }
+    if not args.json:
+        print("\n\n".join(pages), file=sys.stdout)
+    return report
+
+
+def estimates(model: Measured, benchmark: str) -> dict[str, Estimate]:
+    """Column -> score; `overall` only where every column is there and is what the paper's is."""
+    found = {}
+    for column, prompts in model.scores.items():
+        groups = list(prompts.values())
+        found[column] = (
+            share([[bool(v) for v in group] for group in groups]) if benchmark == "geneval" else mean(groups)
+        )
+    columns = [column for column in TABLES[benchmark][1] if column != "overall"]
+    if set(found) == set(columns) and model.comparable:
+        return {"overall": average([found[column] for column in columns])} | found
+    return found
+
+
+def differences(first: Measured, other: Measured) -> dict[str, Estimate]:
+    """Column -> other minus first on the prompts of both, with `overall` where no column lacks."""
+    common = [column for column in first.scores if set(first.scores[column]) & set(other.scores.get(column, ()))]
+    found = {column: mean_difference(other.scores[column], first.scores[column]) for column in common}
+    if len(common) == len(first.scores) == len(other.scores) > 1:
+        return {"overall": average(list(found.values()))} | found
+    return found
+
+
+def page(
+    benchmark: str,
+    scores: Mapping[str, Mapping[str, Estimate]],
+    changes: Mapping[str, Mapping[str, Estimate]],
+    first: str,
+    notes: Sequence[str],
+) -> str:
+    """One benchmark as Markdown."""
+    title, columns, published, digits = TABLES[benchmark]
+    rows = [[f"{name} (paper)", *(f"{value:.{digits}f}" for value in row)] for name, row in published.items()]
+    rows += [[f"**{name}**", *cells(row, columns, digits + (digits < 3), "")] for name, row in scores.items()]
+    text = [f"### {title}", "", markdown(["model", *columns.values()], rows)]
+    if changes:
+        rows = [
+            [f"{name} − {first}", *cells(row, columns, digits + (digits < 3), "+")] for name, row in changes.items()
+        ]
+        text += ["", "Same prompts, picture by picture:", "", markdown(["difference", *columns.values()], rows)]
+    prompts = {sum(e.prompts for column, e in row.items() if column != "overall") for row in scores.values()}
+    text += ["", f"In brackets: 95 % intervals over prompts ({', '.join(map(str, sorted(prompts)))} in all)."]
+    return "\n".join([*text, *(f"- {note}." for note in notes)])
+
+
+def cells(row: Mapping[str, Estimate], columns: Mapping[str, str], digits: int, sign: str) -> list[str]:
+    """A column's score and interval; a dash where it was not measured."""
+    texts = []
+    for column in columns:
+        if column not in row:
+            texts.append(ABSENT)
+            continue
+        low, high = row[column].interval
+        texts.append(f"{row[column].score:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]")
+    return texts
+
+
+def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
