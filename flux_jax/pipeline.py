@@ -69,6 +69,8 @@ class FluxPipeline:
         bfloat16 on a GPU and float32 on a CPU, where it is both faster and exact. mesh: the weights are replicated
         over it. Raises UserError for what is no readable checkpoint."""
         stored, dtype = Checkpoint.open(path_or_alias), resolve_dtype(dtype)
+        if stored.quantization is not None and not stored.quantization["distilled"]:
+            warnings.warn(f"The weights of {path_or_alias} were rounded, not distilled: expect noise.", stacklevel=2)
         # pyrefly: ignore[bad-specialization] - it takes the mesh for a function, because a mesh can be a decorator
         parts = {part: stored.load(part, dtype=dtype, sharding=mesh) for part in PARTS}
         return cls(stored.config, tokenizers=Tokenizers.load(stored.tokenizers, stored.config), dtype=dtype, **parts)
