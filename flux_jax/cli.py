@@ -31,6 +31,12 @@ PROMPTS_FILE = (
     "guidance, negative_prompt, true_cfg; pictures that exist already are skipped"
 )
 TRUE_CFG = "classifier-free guidance against the negative prompt; twice as slow (default: 1, off)"
+OFFLOAD = ("none", "model", "layers")
+OFFLOADING = (
+    "keep weights in the host's memory: each part is on the device while it works (model), and T5 layer by layer "
+    "(layers); slower, for GPUs that cannot hold all parts at once"
+)
+TILING = "decode in strips: less memory, the same picture (default: auto, where whole pictures would not fit)"
 OUTPUT = "a .png or a folder; may hold {seed}, {i}, {id} and {prompt} (default: outputs/flux-<time>-<seed>.png)"
 
 
@@ -80,6 +86,8 @@ def build_parser(version: str) -> Parser:
     add("--list-models", action="store_true", help="print the models that came with the package, and stop")
     add("--dtype", choices=sorted(DTYPES), help="auto (default): bfloat16 on a GPU, float32 on a CPU")
     add("--device", choices=("cpu", "gpu"), help="default: a GPU if JAX finds one")
+    add("--offload", choices=OFFLOAD, default="none", help=OFFLOADING)
+    add("--vae-tiling", choices=("auto", "on", "off"), default="auto", help=TILING)
     add("--no-cache", action="store_true", help="do not keep compiled programs in the user's cache folder")
 
     add = parser.add_argument_group("output").add_argument

@@ -49,6 +49,13 @@ def encode(t5: nnx.Module, clip: nnx.Module, t5_ids: Int[Array, "1 t"], clip_ids
 
 
 @jax.jit
+def pool(clip: nnx.Module, clip_ids: Int[Array, "1 p"]) -> Float[Array, "1 d"]:
+    """The half of `encode` that is CLIP's, for a T5 that does not fit into a program."""
+    with jax.named_scope("text"):
+        return clip(clip_ids)
+
+
+@jax.jit
 def modulations(transformer: Transformer, sigmas: Float[Array, " levels"], conditions: Conditions) -> Modulation:
     """The modulation of all steps, leaves [n, ...]: it depends on (t, guidance, pooled text), never on the picture."""
     n, k = sigmas.shape[0] - 1, conditions.pooled.shape[0]
@@ -99,9 +106,12 @@ def denoise(
         return jax.lax.scan(body, latents, jnp.arange(sigmas.shape[0] - 1))
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "columns"))
-def decode(vae: VAE, latents: Float[Array, "i c"], rows: int, columns: int) -> Float[Array, "h w 3"]:
-    """Tokens of one picture, rows x columns of them -> pixels float32 in [0, 1]."""
+@functools.partial(jax.jit, static_argnames=("rows", "columns", "strip_bytes"))
+def decode(
+    vae: VAE, latents: Float[Array, "i c"], rows: int, columns: int, strip_bytes: int | None = None
+) -> Float[Array, "h w 3"]:
+    """Tokens of one picture, rows x columns of them -> pixels float32 in [0, 1]. strip_bytes: see `flux_jax.tiling`."""
     with jax.named_scope("decode"):
-        image = vae.decode(unpack_latents(latents[None], 2 * rows, 2 * columns))[0].astype(jnp.float32)
+        latents = unpack_latents(latents[None], 2 * rows, 2 * columns)
+        image = vae.decode(latents, strip_bytes)[0].astype(jnp.float32)
         return jnp.clip(image * 0.5 + 0.5, 0.0, 1.0)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flux_jax import cache, cli, images, jobs
+from flux_jax import cache, cli, images, jobs, memory
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("Interrupted; pictures that were finished are kept.")
         return 130
     except (MemoryError, RuntimeError) as error:  # jax.errors.JaxRuntimeError is a RuntimeError
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not memory.is_exhausted(error):
             raise
         say("Out of memory; choose a smaller --size, --dtype bfloat16, or a machine with more of it.")
         return 4
@@ -136,7 +136,7 @@ def generate(
     cached = None if args.no_cache else cache.enable()
     from flux_jax.pipeline import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(folder, dtype=dtype)
+    pipe = FluxPipeline.from_pretrained(folder, dtype=dtype, offload=args.offload, vae_tiling=args.vae_tiling)
     device = jax.devices()[0]
     if args.verbose:
         where = f"{pipe.dtype} on {device.device_kind} ({device.platform})"

@@ -8,7 +8,6 @@ by changing an import.
 
 import dataclasses
 import functools
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +19,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from flux_jax import denoise, images, inputs, sampling
+from flux_jax import denoise, images, inputs, memory, sampling
 from flux_jax.checkpoint import Checkpoint
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.models.attention import rotary
+from flux_jax.offload import host
 from flux_jax.parts import PARTS
+from flux_jax.stages import Stages
 from flux_jax.tokenizers import Tokenizers
 
 DEFAULT_MODEL = "nano"
@@ -55,7 +56,11 @@ class FluxPipeline:
         clip: nnx.Module | None = None,
         tokenizers: Tokenizers | None = None,
         dtype: Any = jnp.float32,
+        offload: str = "none",
+        vae_tiling: str = "auto",
     ):
+        """offload: a mode of `flux_jax.offload`, for modules that lie on the host. vae_tiling: as in `Stages`."""
+        self.offload, self.vae_tiling = offload, vae_tiling
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.transformer, self.vae, self.t5, self.clip, self.tokenizers = transformer, vae, t5, clip, tokenizers
         self.interrupt = False  # set from a callback: the picture stops where it is, later ones are left out
@@ -63,17 +68,32 @@ class FluxPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_alias: str | Path = DEFAULT_MODEL, dtype: Any = "auto", mesh: Mesh | None = None
+        cls,
+        path_or_alias: str | Path = DEFAULT_MODEL,
+        dtype: Any = "auto",
+        mesh: Mesh | None = None,
+        offload: str = "none",
+        vae_tiling: str = "auto",
     ) -> "FluxPipeline":
         """A checkpoint's folder, or an alias of `flux_jax.checkpoint`. dtype: of weights and activations; "auto" is
         bfloat16 on a GPU and float32 on a CPU, where it is both faster and exact. mesh: the weights are replicated
-        over it. Raises UserError for what is no readable checkpoint."""
+        over it. offload, vae_tiling: how to save the device's memory, see `__init__`. Raises UserError for what is no
+        readable checkpoint, and where the device is too small for it."""
         stored, dtype = Checkpoint.open(path_or_alias), resolve_dtype(dtype)
         if stored.quantization is not None and not stored.quantization["distilled"]:
             warnings.warn(f"The weights of {path_or_alias} were rounded, not distilled: expect noise.", stacklevel=2)
-        # pyrefly: ignore[bad-specialization] - it takes the mesh for a function, because a mesh can be a decorator
-        parts = {part: stored.load(part, dtype=dtype, sharding=mesh) for part in PARTS}
-        return cls(stored.config, tokenizers=Tokenizers.load(stored.tokenizers, stored.config), dtype=dtype, **parts)
+        tokenizers = Tokenizers.load(stored.tokenizers, stored.config)
+        place, parts = mesh if offload == "none" else host(), {}
+        for part in PARTS:
+            try:
+                # pyrefly: ignore[bad-specialization] - it takes the mesh for a function, as a mesh can be a decorator
+                parts[part] = stored.load(part, dtype=dtype, sharding=place)
+            except (MemoryError, RuntimeError) as error:
+                if not memory.is_exhausted(error):
+                    raise
+                flags = ["--offload layers"] if offload == "none" else []
+                raise memory.exhausted(f"loading the {part}", flags) from error
+        return cls(stored.config, tokenizers=tokenizers, dtype=dtype, offload=offload, vae_tiling=vae_tiling, **parts)
 
     def free_encoders(self) -> None:
         """Drops T5 and CLIP from memory. Prompts of the last call, and embeddings given as arguments, still work."""
@@ -81,19 +101,26 @@ class FluxPipeline:
 
     def encode_prompt(self, prompt: str, max_sequence_length: int | None = None) -> tuple[jax.Array, jax.Array]:
         """text [1, t, d] and pooled [1, p] of one prompt; UserError when it is needed and the encoders were freed."""
-        return self._encode(_Clock(), prompt, max_sequence_length or self.config.sampling.max_sequence_length)
+        length = max_sequence_length or self.config.sampling.max_sequence_length
+        return self._encode(Stages(self.offload, self.vae_tiling), [prompt], length)[0]
 
-    def _encode(self, clock: "_Clock", prompt: str, length: int) -> tuple[jax.Array, jax.Array]:
-        if (prompt, length) in self._encoded:
-            return self._encoded[prompt, length]
-        if self.t5 is None or self.clip is None or self.tokenizers is None:
+    def _encode(self, stages: Stages, prompts: list[str], length: int) -> list[tuple[jax.Array, jax.Array]]:
+        """(text [1, t, d], pooled [1, p]) of each prompt; those of the last call are not computed again."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, length) not in self._encoded]
+        if new and (self.t5 is None or self.clip is None or self.tokenizers is None):
             raise UserError(
                 "The text encoders were freed; pass prompt_embeds and pooled_prompt_embeds, or load the model again."
             )
-        if notice := self.tokenizers.truncation_warning(prompt, length):
-            warnings.warn(notice, stacklevel=4)
-        ids = self.tokenizers.t5([prompt], length), self.tokenizers.clip([prompt])
-        return clock.run("text", denoise.encode, self.t5, self.clip, *ids)
+        known = {prompt: self._encoded[prompt, length] for prompt in prompts if prompt not in new}
+        if new:
+            for prompt in new:
+                if notice := self.tokenizers.truncation_warning(prompt, length):
+                    warnings.warn(notice, stacklevel=5)
+            t5_ids = [self.tokenizers.t5([prompt], length) for prompt in new]
+            clip_ids = [self.tokenizers.clip([prompt]) for prompt in new]
+            pairs = stages.encode(self.t5, self.clip, t5_ids, clip_ids)
+            known |= dict(zip(new, pairs, strict=True))
+        return [known[prompt] for prompt in prompts]
 
     def __call__(
         self,
@@ -122,7 +149,7 @@ class FluxPipeline:
         after each step of each picture; it may return {"latents": ...} to go on from, or set `pipe.interrupt`.
         Raises UserError for input that cannot be drawn, and for latents that stop being finite.
         """
-        clock, defaults = _Clock(), self.config.sampling
+        stages, defaults = Stages(self.offload, self.vae_tiling), self.config.sampling
         guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
         height, width, steps, length = (
             default if value is None else value
@@ -144,7 +171,7 @@ class FluxPipeline:
         self.interrupt = False
 
         conditions = self._conditions(
-            clock, prompt, prompt_embeds, pooled_prompt_embeds, negative_prompt, true_cfg_scale, length
+            stages, prompt, prompt_embeds, pooled_prompt_embeds, negative_prompt, true_cfg_scale, length
         )
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}.")
@@ -156,31 +183,31 @@ class FluxPipeline:
         rows, columns = height // self.config.pixels_per_token, width // self.config.pixels_per_token
         noise = self._given_noise(latents, len(conditions), rows, columns)
         sigmas = sampling.sigmas(defaults, steps, rows * columns)
-        results = []
+        drawn: list[Any] = []
+        transformer = stages.lend(self.transformer)
         for i, (text, pooled) in enumerate(conditions):
             if noise is not None:
                 x = noise[i]
             else:
                 channels = self.config.vae.latent_channels
-                x = clock.run("denoise", denoise.noise, np.uint32(seeds[i]), rows, columns, channels)
+                x = stages.run("denoise", denoise.noise, np.uint32(seeds[i]), rows, columns, channels)
             steering = denoise.Conditions(
                 text, pooled, jnp.asarray(guidance, jnp.float32), jnp.asarray(true_cfg_scale, jnp.float32),
                 self._rope(rows, columns, text.shape[1]),
             )  # fmt: skip
-            x = self._denoise(clock, x, sigmas, steering, callback_on_step_end, seeds[i])
-            if output_type == "latent":
-                results.append(np.asarray(x))
-            else:
-                results.append(np.asarray(clock.run("decode", denoise.decode, self.vae, x, rows, columns)))
+            drawn.append(self._denoise(stages, transformer, x, sigmas, steering, callback_on_step_end, seeds[i]))
             if self.interrupt:
                 break
-        stacked = np.stack(results)
+        del transformer
+        if output_type != "latent":
+            drawn = stages.decode(self.vae, drawn, rows, columns)
+        stacked = np.stack(drawn)
         if output_type == "pil":
             stacked = images.to_pil((stacked * 255).round().astype(np.uint8))
-        return Output(stacked, seeds[: len(results)], clock.seconds)
+        return Output(stacked, seeds[: len(drawn)], stages.seconds)
 
     def _conditions(
-        self, clock, prompt, embeds, pooled, negative, true_cfg, length
+        self, stages, prompt, embeds, pooled, negative, true_cfg, length
     ) -> list[tuple[jax.Array, jax.Array]]:
         """(text [k, t, d], pooled [k, p]) for each prompt, encoding each distinct one once."""
         if (prompt is None) == (embeds is None) or (embeds is None) != (pooled is None):
@@ -195,7 +222,8 @@ class FluxPipeline:
                 f"{count} prompts and {len(negatives)} negative prompts; pass one for each, or one for all."
             )
         wanted = [inputs.check_prompt(p) for p in prompts] + (negatives if true_cfg > 1 else [])
-        self._encoded = {(p, length): self._encode(clock, p, length) for p in dict.fromkeys(wanted)}
+        encoded = self._encode(stages, wanted, length)
+        self._encoded = {(p, length): pair for p, pair in zip(wanted, encoded, strict=True)}
         if embeds is None:
             pairs = [self._encoded[p, length] for p in prompts]
         else:
@@ -215,24 +243,24 @@ class FluxPipeline:
             ]
         return pairs
 
-    def _denoise(self, clock, x, sigmas, conditions, callback: Callback | None, seed: int) -> jax.Array:
+    def _denoise(self, stages, transformer, x, sigmas, conditions, callback: Callback | None, seed: int) -> jax.Array:
         """Noise [i, c] -> latents [i, c]: one program, or the same step driven from here when somebody listens."""
         steps = len(sigmas) - 1
         if callback is None:
-            x, finite = clock.run("denoise", denoise.denoise, self.transformer, x, sigmas, conditions)
-            clock.seconds["steps"] += steps
+            x, finite = stages.run("denoise", denoise.denoise, transformer, x, sigmas, conditions)
+            stages.seconds["steps"] += steps
             if not (finite := np.asarray(finite)).all():
                 self._not_finite(int(finite.argmin()), steps, seed)
             return x
-        modulation = clock.run("denoise", denoise.modulations, self.transformer, sigmas, conditions)
+        modulation = stages.run("denoise", denoise.modulations, transformer, sigmas, conditions)
         # Where the step's result will lie: arrays that are placed otherwise would compile the step a second time.
-        place = replicated(self.transformer)
+        place = replicated(transformer)
         x = jax.device_put(x, place)
         for i in range(steps):
-            x, denoised, finite = clock.run(
-                "denoise", denoise.step, self.transformer, x, sigmas, conditions, modulation, np.int32(i)
+            x, denoised, finite = stages.run(
+                "denoise", denoise.step, transformer, x, sigmas, conditions, modulation, np.int32(i)
             )
-            clock.seconds["steps"] += 1
+            stages.seconds["steps"] += 1
             if not finite:
                 self._not_finite(i, steps, seed)
             # A copy of x: the next step takes over its memory, and the callback may keep what it was given.
@@ -286,19 +314,3 @@ def replicated(module: nnx.Module) -> Sharding:
     """The sharding of an array that lies whole on every device that the module's weights lie on."""
     sharding = jax.tree.leaves(module)[0].sharding
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
-
-
-class _Clock:
-    """Seconds by stage, compilation apart: a program is compiled ahead of its call, which then finds it ready."""
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(("compile", "text", "denoise", "decode", "steps"), 0.0)
-
-    def run(self, stage: str, program: Any, *args):
-        start = time.perf_counter()
-        program.lower(*args).compile()
-        compiled = time.perf_counter()
-        result = jax.block_until_ready(program(*args))
-        self.seconds["compile"] += compiled - start
-        self.seconds[stage] += time.perf_counter() - compiled
-        return result

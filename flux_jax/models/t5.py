@@ -84,7 +84,11 @@ class T5Encoder(nnx.Module):
         self.token_embedding.weight[...] = jax.random.normal(rngs.params(), (config.vocab_size, config.d_model), dtype)
 
     def __call__(self, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        buckets = relative_position_buckets(ids.shape[1], self.config.num_buckets, self.config.max_distance)
-        bias = self.relative_attention_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None].astype(jnp.float32)
+        bias = self.position_bias(ids.shape[1])
         x, _ = jax.lax.scan(lambda x, layer: (layer(x, bias), None), self.token_embedding(ids), self.layers)
         return self.final_norm(x)
+
+    def position_bias(self, length: int) -> Float[Array, "1 h t t"]:
+        """What every layer adds to its logits for a text of `length` tokens, float32."""
+        buckets = relative_position_buckets(length, self.config.num_buckets, self.config.max_distance)
+        return self.relative_attention_bias(jnp.asarray(buckets)).transpose(2, 0, 1)[None].astype(jnp.float32)

@@ -4,6 +4,9 @@ Pictures float [b, h, w, image_channels] in [-1, 1] <-> latents [b, h / factor, 
 factor 2 ** (levels - 1) and h, w multiples of it. Each level is a few residual blocks; between levels the encoder
 halves by a strided convolution and the decoder doubles by repeating pixels; attention over all positions is in the
 middle. Architecture: Rombach et al. 2022 (arXiv 2112.10752), appendix; as published, diffusers' `AutoencoderKL`.
+
+`strip_bytes`, where a function takes it: the size in float32 of what is computed at a time (see `flux_jax.tiling`);
+None computes whole pictures. It changes memory, not the result, but for the rounding of sums.
 """
 
 from typing import Any
@@ -15,6 +18,7 @@ from jaxtyping import Array, Float
 
 from flux_jax.config import VAEConfig
 from flux_jax.models.linear import Conv, Linear
+from flux_jax.tiling import by_strips, rows_within
 
 EPS = 1e-6  # of every group norm; FLUX's files do not store it
 
@@ -30,11 +34,20 @@ class GroupNorm(nnx.Module):
         self.groups = groups
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return self.apply(x, *self.statistics(x))
+
+    def statistics(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b 1 1 c"], Float[Array, "b 1 1 c"]]:
+        """Mean, and weight over standard deviation, of each channel's group in whole pictures; float32."""
         # Positions are summed before channels: the long reduction then runs along contiguous channels.
         y = x.astype(jnp.float32)
-        y = y - self._group_mean(y)
-        scale = jax.lax.rsqrt(self._group_mean(jnp.square(y)) + EPS) * self._expand(self.weight)
-        return (y * scale + self._expand(self.bias)).astype(x.dtype)
+        mean = self._group_mean(y)
+        return mean, jax.lax.rsqrt(self._group_mean(jnp.square(y - mean)) + EPS) * self._expand(self.weight)
+
+    def apply(
+        self, x: Float[Array, "b r w c"], mean: Float[Array, "b 1 1 c"], scale: Float[Array, "b 1 1 c"]
+    ) -> Float[Array, "b r w c"]:
+        """Any rows of the pictures whose statistics these are, normalised."""
+        return ((x.astype(jnp.float32) - mean) * scale + self._expand(self.bias)).astype(x.dtype)
 
     def _group_mean(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 c"]:
         b, _, _, c = x.shape
@@ -43,6 +56,16 @@ class GroupNorm(nnx.Module):
 
     def _expand(self, param: nnx.Param) -> Float[Array, "1 1 1 c"]:
         return param[...].astype(jnp.float32)[None, None, None]
+
+
+def filtered(norm: GroupNorm, conv: Conv, x: Float[Array, "b h w i"], strip_bytes: int | None) -> Array:
+    """conv(silu(norm(x))), float [b, h, w, o]: what every block of the autoencoder is made of."""
+    if strip_bytes is None:
+        return conv(nnx.silu(norm(x)))
+    statistics = norm.statistics(x)
+    rows = rows_within(x.shape[1], 4 * x.shape[0] * x.shape[2] * x.shape[3], strip_bytes)
+    # Beyond the picture lie the zeros of the convolution's own padding, not the norm of anything.
+    return by_strips(lambda y, inside: conv(jnp.where(inside, nnx.silu(norm.apply(y, *statistics)), 0.0)), x, rows)
 
 
 class ResnetBlock(nnx.Module):
@@ -55,9 +78,9 @@ class ResnetBlock(nnx.Module):
         self.conv2 = Conv(d_out, d_out, 3, dtype=dtype, rngs=rngs)
         self.shortcut = None if d_in == d_out else Conv(d_in, d_out, 1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
-        y = self.conv1(nnx.silu(self.norm1(x)))
-        y = self.conv2(nnx.silu(self.norm2(y)))
+    def __call__(self, x: Float[Array, "b h w i"], strip_bytes: int | None = None) -> Float[Array, "b h w o"]:
+        y = filtered(self.norm1, self.conv1, x, strip_bytes)
+        y = filtered(self.norm2, self.conv2, y, strip_bytes)
         return y + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -71,12 +94,22 @@ class Attention(nnx.Module):
         self.v = Linear(channels, channels, dtype=dtype, rngs=rngs)
         self.out = Linear(channels, channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"], strip_bytes: int | None = None) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         y = self.norm(x).reshape(b, h * w, c)
-        scores = jnp.einsum("bqc,bkc->bqk", self.q(y), self.k(y), preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * c**-0.5).astype(x.dtype)
-        return x + self.out(jnp.einsum("bqk,bkc->bqc", weights, self.v(y))).reshape(b, h, w, c)
+        keys, values = self.k(y), self.v(y)
+
+        def attend(queries: Float[Array, "b q c"]) -> Float[Array, "b q c"]:
+            scores = jnp.einsum("bqc,bkc->bqk", self.q(queries), keys, preferred_element_type=jnp.float32)
+            weights = jax.nn.softmax(scores * c**-0.5).astype(x.dtype)
+            return self.out(jnp.einsum("bqk,bkc->bqc", weights, values))
+
+        if strip_bytes is None:
+            return x + attend(y).reshape(b, h, w, c)
+        rows = rows_within(h, 4 * b * w * h * w, strip_bytes)
+        return x + by_strips(
+            lambda q, _: attend(q.reshape(b, -1, c)).reshape(q.shape), y.reshape(x.shape), rows, halo=0
+        )
 
 
 class Middle(nnx.Module):
@@ -87,8 +120,10 @@ class Middle(nnx.Module):
         self.attention = Attention(channels, groups, dtype=dtype, rngs=rngs)
         self.resnet2 = ResnetBlock(channels, channels, groups, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        return self.resnet2(self.attention(self.resnet1(x)))
+    def __call__(self, x: Float[Array, "b h w c"], strip_bytes: int | None = None) -> Float[Array, "b h w c"]:
+        for layer in (self.resnet1, self.attention, self.resnet2):
+            x = layer(x, strip_bytes)
+        return x
 
 
 def double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
@@ -112,12 +147,18 @@ class Level(nnx.Module):
         layout: dict[str, Any] = {"stride": 2, "padding": ((0, 1), (0, 1))} if resample == "halve" else {}
         self.resample = Conv(d_out, d_out, 3, **layout, dtype=dtype, rngs=rngs) if resample else None
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    def __call__(self, x: Float[Array, "b h w i"], strip_bytes: int | None = None) -> Float[Array, "b h2 w2 o"]:
         for resnet in self.resnets:
-            x = resnet(x)
-        if self.doubles:
-            x = double(x)
-        return x if self.resample is None else self.resample(x)
+            x = resnet(x, strip_bytes)
+        if self.resample is None:
+            return x
+        if not self.doubles:
+            return self.resample(x)
+        resample = self.resample
+        if strip_bytes is None:
+            return resample(double(x))
+        rows = rows_within(x.shape[1], 16 * x.shape[0] * x.shape[2] * x.shape[3], strip_bytes)
+        return by_strips(lambda y, inside: resample(double(jnp.where(inside, y, 0.0))), x, rows, factor=2)
 
 
 class Encoder(nnx.Module):
@@ -138,7 +179,7 @@ class Encoder(nnx.Module):
         x = self.conv_in(x)
         for block in self.blocks:
             x = block(x)
-        return self.conv_out(nnx.silu(self.norm_out(self.mid(x))))
+        return filtered(self.norm_out, self.conv_out, self.mid(x), None)
 
 
 class Decoder(nnx.Module):
@@ -155,11 +196,11 @@ class Decoder(nnx.Module):
         self.norm_out = GroupNorm(channels[-1], groups, dtype=dtype)
         self.conv_out = Conv(channels[-1], config.image_channels, 3, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        x = self.mid(self.conv_in(x))
+    def __call__(self, x: Float[Array, "b h w i"], strip_bytes: int | None = None) -> Float[Array, "b h2 w2 o"]:
+        x = self.mid(self.conv_in(x), strip_bytes)
         for block in self.blocks:
-            x = block(x)
-        return self.conv_out(nnx.silu(self.norm_out(x)))
+            x = block(x, strip_bytes)
+        return filtered(self.norm_out, self.conv_out, x, strip_bytes)
 
 
 def _levels(channels: tuple[int, ...], resample: str) -> list[tuple[int, int, str | None]]:
@@ -195,7 +236,7 @@ class VAE(nnx.Module):
             z = z + jnp.exp(0.5 * log_variance) * jax.random.normal(key, z.shape, z.dtype)
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
-    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 o"]:
+    def decode(self, latents: Float[Array, "b h w c"], strip_bytes: int | None = None) -> Float[Array, "b h2 w2 o"]:
         """Images, nominally in [-1, 1] but not clipped, of normalised latents."""
         z = latents / self.config.scaling_factor + self.config.shift_factor
-        return self.decoder(z.astype(self.decoder.conv_in.weight[...].dtype))
+        return self.decoder(z.astype(self.decoder.conv_in.weight[...].dtype), strip_bytes)

@@ -1,0 +1,135 @@
+"""`--offload`: the same pictures with most weights on the host, at most what works on the device."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_model
+from flax import nnx
+
+from flux_jax import memory, stages
+from flux_jax.config import T5Config
+from flux_jax.errors import UserError
+from flux_jax.models.t5 import T5Encoder
+from flux_jax.offload import encode_by_layers, host
+from flux_jax.pipeline import FluxPipeline
+from flux_jax.tokenizers import Tokenizers
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_layer_by_layer_is_the_same_text():
+    config = T5Config(vocab_size=64, d_model=32, d_ff=48, num_heads=2, head_dim=16, num_layers=3, max_distance=16)
+    t5 = jax.jit(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))()
+    ids = [np.random.default_rng(i).integers(0, 64, (1, 12)).astype(np.int32) for i in range(2)]
+    layered = encode_by_layers(t5, ids, host())
+    for text, each in zip(layered, ids, strict=True):
+        np.testing.assert_allclose(text, jax.jit(T5Encoder.__call__)(t5, each), atol=2e-6)
+    assert np.abs(layered[0] - layered[1]).max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    config = tiny_model.config()
+    words = tiny_model.tokenizers(tmp_path_factory.mktemp("tokenizers"), config)
+    return {"config": config, "tokenizers": Tokenizers.load(words, config), **tiny_model.modules(config)}
+
+
+def draw(arguments, **options):
+    return FluxPipeline(**arguments, **options)(["a red circle", "a square"], seed=7, output_type="np").images
+
+
+def test_offloaded_pipelines_draw_the_same(arguments):
+    expected = draw(arguments)
+    np.testing.assert_array_equal(draw(arguments, offload="model"), expected)
+    np.testing.assert_allclose(draw(arguments, offload="layers", vae_tiling="on"), expected, atol=1e-4)
+
+
+def test_auto_tiling_follows_the_free_memory(arguments, monkeypatch):
+    seen = []
+    decode = stages.denoise.decode
+
+    class Spy:
+        lower = decode.lower
+
+        def __call__(self, vae, x, rows, columns, strip_bytes):
+            seen.append(strip_bytes)
+            return decode(vae, x, rows, columns, strip_bytes)
+
+    monkeypatch.setattr(stages.denoise, "decode", Spy())
+    for free, strips in ((10**12, None), (1, stages.STRIP_BYTES), (None, None)):
+        monkeypatch.setattr(memory, "free", lambda device, free=free: free)
+        draw(arguments)
+        assert seen[-1] == strips
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag"),
+    [("encode", "--offload layers"), ("denoise", "--offload model or a ternary"), ("decode", "--vae-tiling on")],
+)
+def test_out_of_memory_names_the_stage_and_the_flag(arguments, monkeypatch, stage, flag):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr(stages.denoise, stage, exhausted)
+    with pytest.raises(UserError, match=f"Out of memory while {stage[:-1]}.*{flag}") as error:
+        draw(arguments, vae_tiling="off")
+    assert error.value.exit_code == 4
+    assert "\n" not in str(error.value)
+
+
+PEAKS = """
+import jax, numpy as np, sys
+sys.path[:0] = [{tests!r}]
+import tiny_model
+from pathlib import Path
+from flux_jax import offload, stages
+from flux_jax.pipeline import FluxPipeline
+
+host, device = jax.devices()
+jax.config.update("jax_default_device", device)
+config = tiny_model.config()
+modules = {{k: jax.device_put(m, host) for k, m in tiny_model.modules(config).items()}}
+size = {{k: sum(x.nbytes for x in jax.tree.leaves(m)) for k, m in modules.items()}}
+size["layer"] = max(x.nbytes for x in jax.tree.leaves(modules["t5"].layers))
+layer_bytes = sum(x.nbytes for x in jax.tree.leaves(modules["t5"].layers)) // config.t5.num_layers
+words = tiny_model.tokenizers(Path({folder!r}), config)
+from flux_jax.tokenizers import Tokenizers
+peaks = {{}}
+
+def held():
+    return sum(x.nbytes for x in jax.live_arrays() if x.devices() == {{device}})
+
+def watch(name, function):
+    def watched(*args):
+        peaks[name] = max(peaks.get(name, 0), held() - before)
+        return function(*args)
+    watched.lower = getattr(function, "lower", None)
+    return watched
+
+for name in ("denoise", "decode", "pool"):
+    setattr(stages.denoise, name, watch(name, getattr(stages.denoise, name)))
+offload._layer = watch("layer", offload._layer)
+before = held()
+pipe = FluxPipeline(config, tokenizers=Tokenizers.load(words, config), offload="layers", **modules)
+out = pipe("a red circle", seed=1)
+slack = 60_000  # activations and tables
+for stage, part in (("denoise", "transformer"), ("decode", "vae"), ("pool", "clip")):
+    assert size[part] <= peaks[stage] <= size[part] + slack, (stage, peaks, size)
+assert layer_bytes <= peaks["layer"] <= layer_bytes + slack, (peaks, layer_bytes)
+assert held() - before < slack, held() - before
+assert size["transformer"] > 2 * slack and size["t5"] + size["vae"] > slack
+print("peaks", peaks, size)
+"""
+
+
+def test_only_what_works_is_on_the_device(tmp_path):
+    """Two devices of the CPU stand for the host and the GPU."""
+    code = PEAKS.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "words"))
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment |= {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
