@@ -33,9 +33,13 @@ def loop(operation: Callable[[Any, Any], jax.Array], rounds: int) -> Any:
         def body(_, carry):
             x, outputs = carry
             for i, weights in enumerate(copies):
-                # The barrier makes x depend on what came before: nothing can be left out, merged or moved.
-                x, outputs = jax.lax.optimization_barrier((x, outputs))
-                outputs = [*outputs[:i], operation(x, weights), *outputs[i + 1 :]]
+                # The barrier makes a call depend on what came before: nothing can be left out, merged or moved. Vectors
+                # stay outside, or XLA would not add a bias within the product.
+                leaves, tree = jax.tree.flatten(weights)
+                held = [leaf for leaf in leaves if leaf.ndim > 1]
+                x, held, outputs = jax.lax.optimization_barrier((x, held, outputs))
+                own = [held.pop(0) if leaf.ndim > 1 else leaf for leaf in leaves]
+                outputs = [*outputs[:i], operation(x, tree.unflatten(own)), *outputs[i + 1 :]]
             return x, outputs
 
         shape = jax.eval_shape(operation, x, copies[0])
