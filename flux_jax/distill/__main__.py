@@ -1,0 +1,99 @@
+"""Makes a converted checkpoint ternary and teaches it to stay itself, from prompts and noise alone.
+
+    python -m flux_jax.distill TEACHER OUT --prompts FILE...            (killed at any moment: the same command goes on)
+    python -m flux_jax.distill nano-bf16 OUT --prompts FILE... --quick  (FLUX-nano on two cores in minutes)
+
+TEACHER is a checkpoint's folder or alias, OUT the ternary checkpoint. OUT.run keeps trajectories, training states,
+metrics and their curve; it may be deleted afterwards. The last line on stdout is a JSON object: held-out losses.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from flux_jax import prompts
+from flux_jax.cli import Parser
+from flux_jax.distill.options import QUICK, Options
+from flux_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a distillation and returns the exit status; a user's mistake is one sentence on stderr and status 2."""
+    try:
+        args = build_parser().parse_args(argv)
+        given = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
+        options = Options(**((QUICK if args.quick else {}) | given))
+        texts = prompts.read_all(args.prompts)
+        connect(args, options)
+        from flux_jax import cache
+        from flux_jax.distill.run import distill
+
+        cache.enable()
+        about = distill(args.teacher, args.out, texts, options, mesh=args.mesh, overwrite=args.overwrite)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(json.dumps({"out": str(args.out), "held_out_loss": about["held_out_loss"]} | about["held_out_relative"]))
+    return 0
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m flux_jax.distill",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("teacher", metavar="TEACHER")
+    add("out", type=Path, metavar="OUT")
+    add("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help=".txt, .jsonl or .tsv files")
+    add("--quick", action="store_true", help="short phases: " + ", ".join(f"{k} {v}" for k, v in QUICK.items()))
+    add("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
+    add("--mesh", metavar="data=N,fsdp=M", help="devices along each axis (default: all along data)")
+    add("--coordinator", metavar="HOST:PORT", help="several processes: where the first one listens")
+    add("--processes", type=int, metavar="N", help="several processes: how many")
+    add("--process", type=int, metavar="I", help="several processes: which one this is, from 0")
+    group = parser.add_argument_group("options")
+    hints = typing.get_type_hints(Options)
+    for name, field in FIELDS.items():
+        flag, kind = f"--{name.replace('_', '-')}", hints[name]
+        text = f"{field.metadata['help']} (default: {field.default})"
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif choices := typing.get_args(kind):
+            group.add_argument(flag, choices=choices, default=None, help=text)
+        else:
+            group.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=text)
+    return parser
+
+
+def connect(args: argparse.Namespace, options: Options) -> None:
+    """Joins the other processes, where there are any; on a CPU makes one device of each core that a batch can use."""
+    import jax
+
+    if (args.coordinator is None) != (args.processes is None) or (args.coordinator is None) != (args.process is None):
+        raise UserError("Several processes need all of --coordinator, --processes and --process.")
+    rows = [options.batch // options.accumulate, options.block_batch]
+    if args.mesh is None and args.coordinator is None and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", usable_cores(len(os.sched_getaffinity(0)), rows))
+    if args.coordinator is not None:
+        jax.distributed.initialize(args.coordinator, args.processes, args.process)
+
+
+def usable_cores(cores: int, rows: list[int]) -> int:
+    """The most devices, up to the number of cores, that divide all batches: data parallelism keeps cores busier than
+    XLA's parallel products alone do."""
+    return max(n for n in range(1, cores + 1) if not any(row % n for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""Phase `blockwise`: one block after the other becomes ternary, and corrects what the ternary blocks before it did.
+
+In: points of the teacher's trajectories. Out: `FOLDER/blockwise/<block>`, the student's arrays of each block. For
+block k, hidden states x [p, t + i, d] (text first) of p points lie on disk twice: as they reach block k in the teacher,
+and as they reach it in the student, whose blocks before k are ternary already. Student block k learns, from the
+student's states, what the teacher's block gives from the teacher's. Only one block's weights and optimiser state are in
+memory at a time.
+
+The loss is the squared error over the energy of what the teacher's block adds, |y_s - y_t|^2 / |y_t - x_t|^2, for text
+and image each; it means the same at every depth. Behind the last block only the image counts: its text goes nowhere.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flux_jax.distill import mesh as meshes
+from flux_jax.distill import store, student
+from flux_jax.distill.training import Fit, Plan
+from flux_jax.distill.trajectories import Trajectories
+from flux_jax.distill.workspace import Workspace
+from flux_jax.models.blocks import DoubleBlock
+from flux_jax.models.transformer import Transformer
+from flux_jax.parts import dotted
+
+
+def apply(
+    block: nnx.Module, text_tokens: int, x: Float[Array, "b n d"], vec: Float[Array, "b d"], rope: Float[Array, "2 n r"]
+) -> Float[Array, "b n d"]:
+    """One block of either kind, modulation included; vec is what every modulation linear gets."""
+    if isinstance(block, DoubleBlock):
+        txt, img = x[:, :text_tokens], x[:, text_tokens:]
+        img, txt = block(img, txt, block.img.mod(vec), block.txt.mod(vec), rope)
+        return jnp.concatenate([txt, img], axis=1)
+    return block(x, block.mod(vec), rope)
+
+
+def in_dtype(params: Any, dtype: Any) -> Any:
+    """Floats that stay in the dtype of activations; latents and scales are the layer's own matter."""
+
+    def cast(path, x):
+        return x if path[-1].key in ("latent", "log_scale") else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockLoss:
+    """See the module's docstring. Equal for all blocks of a kind, which so share one program."""
+
+    graph: Any
+    text_tokens: int
+    image_only: bool
+    dtype: Any
+
+    def __call__(self, params: Any, batch: dict, frozen: Any) -> Float[Array, ""]:
+        block = nnx.merge(self.graph, in_dtype(params, self.dtype))
+        y = apply(block, self.text_tokens, batch["student"], batch["vec"], frozen)
+        y, target, before = (a.astype(jnp.float32) for a in (y, batch["target"], batch["teacher"]))
+        text, image = slice(None, self.text_tokens), slice(self.text_tokens, None)
+        terms = [
+            jnp.square(y[:, part] - target[:, part]).mean() / jnp.square(target[:, part] - before[:, part]).mean()
+            for part in ((image,) if self.image_only else (text, image))
+        ]
+        return sum(terms[1:], terms[0]) / len(terms)
+
+
+@functools.partial(jax.jit, static_argnames="text_tokens")
+def forward(block: nnx.Module, text_tokens: int, x, vec, rope):
+    return apply(block, text_tokens, x, vec, rope)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "text_tokens", "dtype"))
+def forward_student(graph, text_tokens: int, dtype, params: Any, x, vec, rope):
+    return apply(nnx.merge(graph, in_dtype(params, dtype)), text_tokens, x, vec, rope)
+
+
+@jax.jit
+def enter(transformer: Transformer, x, t, guidance, text, pooled):
+    """Points -> hidden states [b, t + i, d] in front of the first block, and vec [b, d]."""
+    vec = transformer.vector(t, jnp.full(t.shape, guidance), pooled)
+    return jnp.concatenate([transformer.txt_in(text), transformer.img_in(x)], axis=1), vec
+
+
+class Blockwise:
+    """The phase, in a workspace."""
+
+    def __init__(self, work: Workspace, trajectories: Trajectories):
+        self.work, self.trajectories, self.options = work, trajectories, work.options
+        self.folder = work.folder / "blockwise"
+        self.rope = work.rope.astype(jnp.float32)
+
+    def result(self, block: str) -> Path:
+        return self.folder / block
+
+    def states(self, who: str, index: int) -> Path:
+        """The store of hidden states in front of block `index`; who: teacher or student."""
+        return self.folder / "states" / f"{who}.{index}"
+
+    @property
+    def vectors(self) -> Path:
+        return self.folder / "states" / "vectors"
+
+    def run(self) -> None:
+        """Does what is not done yet."""
+        blocks = self.work.blocks
+        if all(self.result(block).exists() for block in blocks):
+            store.remove(self.folder / "states")
+            return
+        pairs = [[self.states(who, k) for who in ("teacher", "student")] for k in range(len(blocks))]
+        begun = [k for k, pair in enumerate(pairs) if all(path.exists() for path in pair)]
+        if not begun or not self.vectors.exists():
+            self._enter()
+            begun = [0]
+        for k in range(max(begun), len(blocks)):
+            self._block(k, last=k == len(blocks) - 1)
+            for who in ("teacher", "student"):
+                store.remove(self.states(who, k))
+            self.work.metrics.plot()
+        store.remove(self.folder / "states")
+
+    def _chunks(self):
+        size = self.options.block_batch
+        return [slice(i, i + size) for i in range(0, self.options.block_points, size)]
+
+    def _layout(self, width: int) -> tuple[tuple[int, ...], Any]:
+        return (self.options.block_points, width, self.work.config.transformer.hidden_size), self.work.dtype
+
+    def _put(self, rows: np.ndarray) -> jax.Array:
+        """Rows as a batch of the full size; the last ones are filled up with copies of the last."""
+        lacking = self.options.block_batch - len(rows)
+        filled = np.concatenate([rows, np.repeat(rows[-1:], lacking, 0)]) if lacking else rows
+        return meshes.put(filled, meshes.by_row(self.work.mesh))
+
+    def _enter(self) -> None:
+        work, count = self.work, self.options.block_points
+        transformer = work.load_teacher()
+        tokens = work.grid[0] * work.grid[1] + work.text_tokens
+        writers = [store.Writer(self.states(who, 0), {"x": self._layout(tokens)}) for who in ("teacher", "student")]
+        shape, dtype = self._layout(1)
+        vectors = store.Writer(self.vectors, {"vec": ((shape[0], shape[2]), dtype)})
+        rows, steps = self.trajectories.draw(self.options.seed, 0, 0, count, None)
+        guidance = meshes.put(np.float32(work.guidance), meshes.whole(work.mesh))
+        for part in self._chunks():
+            points = self.trajectories.points(rows[part], steps[part])
+            x, text, pooled = (self._put(points[name].astype(work.dtype)) for name in ("x", "text", "pooled"))
+            states, vec = meshes.fetch(enter(transformer, x, self._put(points["t"]), guidance, text, pooled))
+            taken = len(points["t"])
+            for writer in writers:
+                writer.write(part.start, {"x": states[:taken]})
+            vectors.write(part.start, {"vec": vec[:taken]})
+        for writer in (vectors, *writers):
+            writer.finish()
+
+    def _advance(self, who: str, index: int, step) -> None:
+        """States in front of block index + 1: step(x, vec) of those in front of block `index`."""
+        if self.states(who, index + 1).exists():
+            return
+        x, vec = store.open_store(self.states(who, index))["x"], store.open_store(self.vectors)["vec"]
+        writer = store.Writer(self.states(who, index + 1), {"x": (x.shape, x.dtype)})
+        for part in self._chunks():
+            y = meshes.fetch(step(self._put(x[part]), self._put(vec[part])))
+            writer.write(part.start, {"x": y[: len(x[part])]})
+        writer.finish()
+
+    def _block(self, k: int, last: bool) -> None:
+        work, name, options = self.work, self.work.blocks[k], self.options
+        teacher = work.load_block(name, work.dtype)
+        self._advance("teacher", k, lambda x, vec: forward(teacher, work.text_tokens, x, vec, self.rope))
+        del teacher
+        inputs = {
+            "student": store.open_store(self.states("student", k))["x"],
+            "teacher": store.open_store(self.states("teacher", k))["x"],
+            "target": store.open_store(self.states("teacher", k + 1))["x"],
+            "vec": store.open_store(self.vectors)["vec"],
+        }
+
+        def batch(step: int) -> dict[str, np.ndarray]:
+            rng = np.random.default_rng((options.seed, 1 + k, step))
+            rows = rng.integers(0, options.block_points, options.block_batch)
+            return {key: np.asarray(value[rows]) for key, value in inputs.items()}
+
+        block = self._start(name, batch(0))
+        graph, state = nnx.split(block)
+        params = nnx.to_pure_dict(state)
+        loss = BlockLoss(graph, work.text_tokens, last, work.dtype)
+        if not self.result(name).exists():
+            plan = Plan.of(
+                options, steps=options.block_steps, learning_rate=options.block_learning_rate, accumulate=1,
+                seed=options.seed + k,
+            )  # fmt: skip
+            training = self.folder / "training" / name
+            fit = Fit(training, f"blockwise {name}", plan, options, work.mesh, work.metrics)
+            mean = meshes.fetch(fit.run(loss, params, batch, self.rope))
+            flat = {dotted(path): np.asarray(x) for path, x in nnx.to_flat_state(nnx.State(mean))}
+            store.save(self.result(name), flat)
+        store.remove(self.folder / "training")
+        if not last:
+            found = store.open_store(self.result(name))
+            params = meshes.put(
+                nnx.to_pure_dict(nnx.from_flat_state([(tuple(key.split(".")), value) for key, value in found.items()])),
+                lambda shape: meshes.parameter(work.mesh, shape),
+            )
+            self._advance(
+                "student",
+                k,
+                lambda x, vec: forward_student(graph, work.text_tokens, work.dtype, params, x, vec, self.rope),
+            )
+
+    def _start(self, name: str, batch: dict[str, np.ndarray]) -> nnx.Module:
+        """The student's block before its first step: rounded, with the inputs' second moments where asked for."""
+        prefix = name.split(".")[0] + "."
+        moments = None
+        if self.options.weighted and self.options.method == "least-squares":
+            x, vec = self._put(batch["student"]), self._put(batch["vec"])
+            probed = _probed(self.work.load_block(name, self.work.dtype), prefix, self.options)
+            moments = measure(probed, self.work.text_tokens, x, vec, self.rope)
+        block = self.work.load_block(name, jnp.float32)
+        return student.student_of(block, prefix, self.options, moments)
+
+
+def _probed(block: nnx.Module, prefix: str, options) -> nnx.Module:
+    return student.replace_linears(block, prefix, options, lambda _, linear: student.Probe(linear))
+
+
+@functools.partial(jax.jit, static_argnames="text_tokens")
+def measure(probed: nnx.Module, text_tokens: int, x, vec, rope) -> dict[str, Array]:
+    """Mean square of each input of each linear that carries a probe, by path."""
+    apply(probed, text_tokens, x, vec, rope)
+    kind = "double_blocks." if isinstance(probed, DoubleBlock) else "single_blocks."
+    return {
+        kind + dotted(path): node.moment[...]
+        for path, node in nnx.iter_modules(probed)
+        if isinstance(node, student.Probe)
+    }

@@ -1,0 +1,150 @@
+"""The whole student: put together from its blocks, taught the teacher's velocity (phase `end_to_end`), and measured.
+
+In: arrays of each block (rounded, or from phase `blockwise`), points of the teacher's trajectories. Out: parameters of
+the student (a dict tree, cut over the mesh), and its velocity's mean squared error at each noise level.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flux_jax.distill import mesh as meshes
+from flux_jax.distill import store, student
+from flux_jax.distill.blockwise import in_dtype
+from flux_jax.distill.training import Fit, Plan
+from flux_jax.distill.trajectories import Trajectories
+from flux_jax.distill.workspace import Workspace
+from flux_jax.parts import abstract_part, assemble
+
+Read = Callable[[list[str]], Mapping[str, np.ndarray]]
+
+
+def rounded(work: Workspace) -> Read:
+    """Reads the student's arrays as they are before any training: the teacher's weights, rounded."""
+
+    def read(names: list[str]) -> dict[str, np.ndarray]:
+        sources = {name: _source(name) for name in names}
+        found = work.teacher.read("transformer", sources.values())
+        made: dict[str, dict[str, Any]] = {}
+        for name, source in sources.items():
+            if name != source and source not in made:
+                latent, log_scale = student.initial(jnp.asarray(found[source]), work.options)
+                latent = latent.astype(jnp.dtype(work.options.latent_dtype))
+                base = source.removesuffix("weight")
+                made[source] = {f"{base}latent": np.asarray(latent), f"{base}log_scale": np.asarray(log_scale)}
+        return {
+            name: found[source].astype(np.float32) if name == source else made[source][name]
+            for name, source in sources.items()
+        }
+
+    return read
+
+
+def _source(name: str) -> str:
+    head, _, last = name.rpartition(".")
+    return f"{head}.weight" if last in ("latent", "log_scale") else name
+
+
+def blockwise(work: Workspace) -> Read:
+    """Reads the student's arrays as phase `blockwise` left them; what is in no block is the teacher's."""
+    outside, folder = rounded(work), work.folder / "blockwise"
+
+    def read(names: list[str]) -> dict[str, np.ndarray]:
+        arrays, rest = {}, []
+        for name in names:
+            kind, _, inner = name.partition(".")
+            if kind in ("double_blocks", "single_blocks"):
+                index, _, inner = inner.partition(".")
+                arrays[name] = np.asarray(store.open_store(folder / f"{kind}.{index}")[inner])
+            else:
+                rest.append(name)
+        return arrays | outside(rest) if rest else arrays
+
+    return read
+
+
+def build(work: Workspace, read: Read) -> tuple[Any, Any]:
+    """(graph, parameters) of the whole student."""
+    module = abstract_part("transformer", work.config, change=lambda t: student.student_of(t, "", work.options))
+    module.rematerialise = work.options.rematerialise
+    whole = assemble(module, lambda names: read(names), sharding=lambda _, shape: meshes.parameter(work.mesh, shape))
+    graph, state = nnx.split(whole)
+    return graph, nnx.to_pure_dict(state)
+
+
+def velocity(graph: Any, dtype: Any, params: Any, batch: dict, frozen: Any) -> Float[Array, "b i c"]:
+    """The student's velocity at a batch of points, float32."""
+    transformer = nnx.merge(graph, in_dtype(params, dtype))
+    x, text, pooled = (batch[name].astype(dtype) for name in ("x", "text", "pooled"))
+    guidance = jnp.full(batch["t"].shape, frozen["guidance"])
+    modulation = transformer.modulation(batch["t"], guidance, pooled)
+    return transformer(x, text, modulation, frozen["rope"]).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class VelocityLoss:
+    """Mean squared error of the velocity."""
+
+    graph: Any
+    dtype: Any
+
+    def __call__(self, params: Any, batch: dict, frozen: Any) -> Float[Array, ""]:
+        return jnp.square(velocity(self.graph, self.dtype, params, batch, frozen) - batch["velocity"]).mean()
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "dtype"))
+def errors(graph, dtype, params: Any, batch: dict, frozen: Any) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Of each point: the mean squared error of the velocity, and the mean square of the teacher's."""
+    error = jnp.square(velocity(graph, dtype, params, batch, frozen) - batch["velocity"]).mean((1, 2))
+    return error, jnp.square(batch["velocity"]).mean((1, 2))
+
+
+def frozen(work: Workspace) -> dict[str, jax.Array]:
+    return {"rope": work.rope, "guidance": meshes.put(np.float32(work.guidance), meshes.whole(work.mesh))}
+
+
+def measure(work: Workspace, graph: Any, params: Any, held_out: Trajectories) -> dict[str, Any]:
+    """The velocity's error on all held-out points: `loss` (mean square), `relative` (over the mean square of the
+    teacher's velocity), `by_step` (relative, at each of the schedule's noise levels)."""
+    rows, steps = (a.ravel() for a in np.mgrid[: held_out.count, : held_out.steps])
+    size, found = work.options.block_batch, []
+    given = frozen(work)
+    for start in range(0, len(rows), size):
+        chosen = np.minimum(np.arange(start, start + size), len(rows) - 1)
+        batch = meshes.put(held_out.points(rows[chosen], steps[chosen]), meshes.by_row(work.mesh))
+        found.append(np.stack(meshes.fetch(errors(graph, work.dtype, params, batch, given))))
+    error, power = (
+        np.concatenate(found, 1)[:, : len(rows)].astype(np.float64).reshape(2, held_out.count, held_out.steps)
+    )
+    return {
+        "loss": float(error.mean()),
+        "relative": float(error.mean() / power.mean()),
+        "by_step": [float(e / p) for e, p in zip(error.mean(0), power.mean(0), strict=True)],
+    }
+
+
+def shares(work: Workspace, by_step: list[float]) -> np.ndarray | None:
+    """How often each of a trajectory's points is drawn; see `Options.timesteps`."""
+    if work.options.timesteps == "uniform":
+        return None
+    weights = -np.diff(work.sigmas.astype(np.float64)) if work.options.timesteps == "step" else np.sqrt(by_step)
+    return weights / weights.sum()
+
+
+def train(work: Workspace, graph: Any, params: Any, trajectories: Trajectories, by_step: list[float]) -> Any:
+    """Phase `end_to_end`; returns the parameters' running mean."""
+    options, drawn = work.options, shares(work, by_step)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        return trajectories.points(*trajectories.draw(options.seed, 1_000_000, step, options.batch, drawn))
+
+    plan = Plan.of(options, steps=options.learning_steps)
+    fit = Fit(work.folder / "end_to_end", "end_to_end", plan, options, work.mesh, work.metrics)
+    return fit.run(VelocityLoss(graph, work.dtype), params, batch, frozen(work))

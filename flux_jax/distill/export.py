@@ -1,0 +1,87 @@
+"""The finished student as a checkpoint: codes packed to two bits, scales, and how they were made.
+
+In: the student's parameters and the teacher's checkpoint. Out: a checkpoint directory whose transformer computes what
+the student computed; every other part and the tokenizers are the teacher's, byte for byte.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from flux_jax import checkpoint
+from flux_jax.distill import mesh as meshes
+from flux_jax.distill import student
+from flux_jax.distill.workspace import Workspace
+from flux_jax.parts import dotted, layer_names
+from pallas_kernels import LAYOUT_VERSION, pack_ternary
+
+
+def as_stored(work: Workspace, params: Any) -> Any:
+    """The parameters with every float that stays rounded to the dtype that the teacher stores it in."""
+    table = work.teacher.table("transformer")
+
+    def cast(path, x):
+        if path[-1].key in ("latent", "log_scale"):
+            return x
+        name = ".".join(part.key for part in path)
+        stored = table[name if name in table else (layer_names(name, 1) or [name])[0]][0]
+        return x.astype(stored).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def stacked_leaves(work: Workspace, params: Any):
+    """(name, array) of the student's transformer as it is stored, one stacked leaf at a time from the devices."""
+    table = work.teacher.table("transformer")
+    flat = dict(nnx.to_flat_state(nnx.State(params)))
+    for path, leaf in flat.items():
+        name, last = dotted(path[:-1]), path[-1]
+        if last == "log_scale":
+            continue
+        if last == "latent":
+            codes, scale = student.finished(*meshes.fetch((leaf, flat[(*path[:-1], "log_scale")])))
+            packed = pack_ternary(np.asarray(codes))
+            yield f"{name}.packed", packed
+            yield f"{name}.scale", np.asarray(scale, np.float32)
+        else:
+            value = np.asarray(meshes.fetch(leaf))
+            full = f"{name}.{last}" if name else str(last)
+            stored = table[full if full in table else (layer_names(full, 1) or [full])[0]][0]
+            yield full, value.astype(stored)
+
+
+def export(work: Workspace, params: Any, out: Path, about: Mapping[str, Any], overwrite: bool) -> None:
+    """Writes the checkpoint: whole, or not at all. about: further entries of the manifest's `quantization`."""
+    quantization = {
+        "layout": LAYOUT_VERSION,
+        "method": work.options.method,
+        "distilled": bool(work.options.phase_list),
+        "activations": work.options.activations,
+    } | dict(about)
+    if jax.process_index() > 0:
+        for _ in stacked_leaves(work, params):
+            pass  # every process takes part in gathering a leaf
+        meshes.barrier("exported")
+        return
+    manifest = work.teacher.manifest
+    with checkpoint.Writer(out, overwrite=overwrite) as writer:
+        for name, value in stacked_leaves(work, params):
+            layers = layer_names(name, len(value))
+            for each, array in [(name, value)] if layers is None else zip(layers, value, strict=True):
+                writer.add("transformer", each, array)
+        for part in work.teacher.parts:
+            if part != "transformer":
+                for name, value in work.teacher.stream(part, work.teacher.table(part)):
+                    writer.add(part, name, value)
+        writer.finish(
+            work.config,
+            tokenizers=work.teacher.tokenizers,
+            quantization=quantization,
+            source=manifest.get("source"),
+            licence=manifest.get("licence"),
+        )
+    meshes.barrier("exported")

@@ -1,0 +1,115 @@
+"""What a distillation does, as one frozen dataclass; every field is a flag of `python -m flux_jax.distill`.
+
+In: nothing, or words of a command line. Out: `Options`, checked. Pure Python: a wrong flag is answered before JAX is
+imported. Two runs with equal options, teacher and prompts give the same student.
+"""
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+from flux_jax.errors import UserError
+
+PHASES = ("blockwise", "end_to_end")
+
+
+def option(default: Any, about: str) -> Any:
+    """A field with the help text of its flag."""
+    return dataclasses.field(default=default, metadata={"help": about})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """See each field's own text. Learning rates of latents are in codes a step: 1 is the way from code 0 to code 1."""
+
+    phases: str = option("blockwise,end_to_end", "phases to run, in order: blockwise, end_to_end, or both; or none")
+    seed: int = option(0, "of the prompts' order, the noise, and the batches")
+
+    trajectories: int = option(4096, "training trajectories; prompts are taken round after round")
+    held_out: int = option(64, "trajectories of held-out prompts, on which losses are measured")
+    steps: int = option(0, "denoising steps of a trajectory (0: the teacher's default)")
+    guidance: float = option(-1.0, "guidance of the trajectories (negative: the teacher's default)")
+    height: int = option(0, "pixels of the trajectories (0: the teacher's default)")
+    width: int = option(0, "pixels of the trajectories (0: the teacher's default)")
+    points: Literal["trajectory", "noise"] = option(
+        "trajectory", "train at the teacher's own x_t, or at random noise (known to fail: for the ablation)"
+    )
+
+    method: Literal["least-squares", "absmean"] = option("least-squares", "of the first rounding")
+    weighted: bool = option(True, "weigh the first rounding of blockwise by the inputs' second moment")
+    scales: Literal["channel", "tensor"] = option("channel", "one scale per output channel, or per matrix")
+    modulation: bool = option(True, "make the modulation linears ternary, too")
+    activations: Literal["bf16", "int8"] = option("bf16", "int8: activations are rounded in training as at run time")
+    latent_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "of latent weights; bfloat16 is updated with stochastic rounding"
+    )
+    train_rest: bool = option(True, "train what stays floating, too: biases, norms; end to end also the embedders")
+
+    optimizer: Literal["adam", "muon"] = option("adam", "of the latent weights; everything else has Adam")
+    block_steps: int = option(400, "steps for each block of phase blockwise")
+    block_points: int = option(8192, "points whose hidden states phase blockwise keeps")
+    block_batch: int = option(64, "points of a step")
+    block_learning_rate: float = option(3e-3, "of latent weights")
+    learning_steps: int = option(4000, "steps of phase end_to_end")
+    batch: int = option(64, "points of a step of phase end_to_end")
+    accumulate: int = option(1, "parts that a batch is worked on in, for want of memory")
+    learning_rate: float = option(2e-3, "of latent weights")
+    scale_rate: float = option(0.3, "learning rate of scales, as a share of the latents' and of the scale itself")
+    rest_rate: float = option(0.1, "learning rate of what stays floating, as a share of the latents'")
+    warmup: float = option(0.02, "first share of a phase's steps, over which learning rates rise")
+    decay: float = option(0.5, "last share of a phase's steps, over which they fall to zero")
+    ema: float = option(0.995, "decay of the running mean of the weights, which is what is kept")
+    timesteps: Literal["uniform", "step", "error"] = option(
+        "uniform",
+        "draw a trajectory's points alike, by the length of their Euler step, or by the rounded student's error",
+    )
+    rematerialise: bool = option(False, "recompute blocks in the backward pass: less memory, a third more time")
+
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of activations; auto: bfloat16 on a GPU")
+    save_every: int = option(500, "steps between checkpoints")
+    log_every: int = option(50, "steps between lines of metrics")
+    max_skipped: int = option(20, "steps whose loss is not finite, before the run stops")
+
+    @property
+    def phase_list(self) -> tuple[str, ...]:
+        return tuple(p for p in self.phases.split(",") if p and p != "none")
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, allowed = getattr(self, field.name), typing.get_args(hints[field.name])
+            if allowed and value not in allowed:
+                raise UserError(f"--{field.name.replace('_', '-')} must be {' or '.join(allowed)}, not {value!r}.")
+        if unknown := [phase for phase in self.phase_list if phase not in PHASES]:
+            raise UserError(f"Unknown phase {unknown[0]!r}: phases are {' and '.join(PHASES)}.")
+        if list(self.phase_list) != [phase for phase in PHASES if phase in self.phase_list]:
+            raise UserError(f"--phases must name each phase once and in order: {','.join(PHASES)}.")
+        least = dict.fromkeys(("trajectories", "held_out", "block_points", "block_batch", "batch", "accumulate"), 1)
+        least |= dict.fromkeys(("save_every", "log_every", "block_steps", "learning_steps"), 1)
+        least |= dict.fromkeys(("seed", "steps", "height", "width", "max_skipped", "ema"), 0)
+        least |= dict.fromkeys(("learning_rate", "block_learning_rate", "scale_rate", "rest_rate"), 0)
+        most = {"warmup": 1, "decay": 1, "ema": 1, "seed": 2**32 - 1}
+        for name in least.keys() | most.keys():
+            low, high = least.get(name, 0), most.get(name, float("inf"))
+            if not low <= getattr(self, name) <= high:
+                between = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+                raise UserError(f"--{name.replace('_', '-')} must be {between}, not {getattr(self, name)}.")
+        if self.batch % self.accumulate:
+            raise UserError(f"--batch {self.batch} cannot be split into --accumulate {self.accumulate} equal parts.")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+QUICK = {  # what --quick sets where no flag says otherwise: FLUX-nano in less than five minutes on two cores
+    "trajectories": 384,
+    "held_out": 32,
+    "block_steps": 60,
+    "block_points": 1536,
+    "block_batch": 32,
+    "learning_steps": 300,
+    "batch": 32,
+    "ema": 0.97,
+    "save_every": 150,
+    "log_every": 20,
+}

@@ -1,0 +1,118 @@
+"""A distillation from end to end: prompts -> trajectories -> blockwise -> end to end -> checkpoint.
+
+In: a teacher's checkpoint, prompts, options, the words of a mesh. Out: the student's checkpoint `OUT`, whole or not at
+all, and the run's folder `OUT.run`: trajectories, training states, `metrics.jsonl`, `curve.png`, `run.json`. Killed at
+any moment, the same call goes on, and ends with the same checkpoint.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flux_jax import checkpoint, images, prompts
+from flux_jax.distill import end_to_end, export
+from flux_jax.distill import mesh as meshes
+from flux_jax.distill.blockwise import Blockwise
+from flux_jax.distill.options import Options
+from flux_jax.distill.trajectories import load_or_make
+from flux_jax.distill.workspace import Workspace, teacher_digest
+from flux_jax.errors import UserError
+
+TRAINING = "training"  # the folder in OUT that tells how it was made; no weight depends on it
+
+
+def prepare(teacher: str | Path, folder: Path, texts: Sequence[str], options: Options, mesh: str | None) -> Workspace:
+    """The workspace in `folder`, after every check that can be made before computing. UserError for what cannot be."""
+    stored = checkpoint.Checkpoint.open(teacher)
+    if stored.manifest["quantization"] is not None:
+        raise UserError(f"{teacher} is ternary already: distil from the checkpoint that it was made from.")
+    if missing := [part for part in ("transformer", "t5", "clip") if part not in stored.parts]:
+        raise UserError(f"{teacher} lacks the {missing[0]}, which a teacher needs.")
+    training, held_out = prompts.split(texts)
+    different = len(training) + len(held_out)
+    if different < 2:
+        raise UserError(f"The {len(texts)} prompts are {different} different ones: give more.")
+    for kind, found in (("left for training", training), ("held out (one in 16 is, by its hash)", held_out)):
+        if not found:
+            raise UserError(f"None of the {different} different prompts is {kind}: give more.")
+    batches = {"--batch": options.batch // options.accumulate, "--block-batch": options.block_batch}
+    images.check_writable(folder / "run.json")
+    work = Workspace(folder, stored, options, meshes.make(mesh, batches), training, held_out)
+    work.begin()
+    return work
+
+
+def teach(work: Workspace) -> tuple[Any, Any, dict[str, Any]]:
+    """(graph, parameters) of the finished student, floats as they are stored, and what is to be told about it."""
+    options, metrics = work.options, work.metrics
+    held_out = load_or_make(work, "held_out", work.held_out, options.held_out)
+    losses = {}
+
+    def measured(after: str, graph: Any, params: Any) -> dict[str, Any]:
+        losses[after] = found = end_to_end.measure(work, graph, params, held_out)
+        metrics.log(phase="held_out", after=after, step=len(losses) - 1, **found)
+        metrics.plot()
+        return found
+
+    metrics.forget_after("held_out", -1)
+    read = end_to_end.rounded(work)
+    graph, params = end_to_end.build(work, read)
+    before = measured("rounding", graph, params)
+    if options.phase_list:
+        trajectories = load_or_make(work, "trajectories", work.training, options.trajectories)
+        if "blockwise" in options.phase_list:
+            del params
+            Blockwise(work, trajectories).run()
+            graph, params = end_to_end.build(work, end_to_end.blockwise(work))
+            measured("blockwise", graph, params)
+        if "end_to_end" in options.phase_list:
+            params = end_to_end.train(work, graph, params, trajectories, before["by_step"])
+    params = export.as_stored(work, params)
+    if "end_to_end" in options.phase_list:
+        measured("end_to_end", graph, params)
+    steps = {"blockwise": options.block_steps, "end_to_end": options.learning_steps}
+    about = {
+        "phases": {phase: steps[phase] for phase in options.phase_list},
+        "options": options.to_json(),
+        "prompts": {
+            "sha256": prompts.digest(work.training + work.held_out),
+            "training": len(work.training),
+            "held_out": len(work.held_out),
+        },
+        "held_out_loss": {after: found["loss"] for after, found in losses.items()},
+        "held_out_relative": {after: found["relative"] for after, found in losses.items()},
+        "teacher": teacher_digest(work.teacher),
+    }
+    return graph, params, about
+
+
+def distill(
+    teacher: str | Path,
+    out: Path,
+    texts: Sequence[str],
+    options: Options,
+    *,
+    mesh: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Makes the checkpoint `out`; returns what its manifest says about it. UserError for what cannot be done."""
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already: choose another name, or give --overwrite to replace it.")
+    if not options.modulation:
+        raise UserError(
+            "A checkpoint has all block linears ternary: --no-modulation is for bench.distill_ablation only."
+        )
+    work = prepare(teacher, out.with_name(out.name + ".run"), texts, options, mesh)
+    _, params, about = teach(work)
+    export.export(work, params, out, about, overwrite)
+    if jax.process_index() == 0:
+        (out / TRAINING).mkdir(exist_ok=True)
+        for name in ("metrics.jsonl", "curve.png"):
+            if (work.folder / name).exists():
+                shutil.copy(work.folder / name, out / TRAINING / name)
+        (out / TRAINING / "options.json").write_text(json.dumps(options.to_json(), indent=1) + "\n")
+    return about
