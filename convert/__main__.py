@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flux_jax.errors import UserError
 from flux_jax.parts import PARTS
+from flux_jax.quantize import METHODS, report
 
 DTYPES = ("bfloat16", "float32", "float16")
 EPILOG = """\
@@ -19,6 +20,7 @@ examples:
   python -m convert flux1-dev.safetensors dev --vae ae.safetensors --t5 text_encoder_2/ --clip text_encoder/ \\
       --tokenizers .                                                   BFL's single file
   python -m convert --to diffusers dev FLUX.1-dev                      back again
+  python -m convert dev dev-rounded --ternary                          packed to two bits a weight, untrained
 """
 
 
@@ -37,6 +39,15 @@ def parser() -> argparse.ArgumentParser:
         "--to", choices=("flux_jax", "diffusers"), default="flux_jax", help="what to write (default: flux_jax)"
     )
     p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights written (default: bfloat16)")
+    p.add_argument(
+        "--ternary",
+        nargs="?",
+        const=METHODS[0],
+        choices=METHODS,
+        metavar="METHOD",
+        help="round the linears of the transformer's blocks to -1, 0, 1 times a scale, by least-squares (default) or "
+        "absmean; without training, so for benchmarks only. SOURCE may then be a checkpoint of flux_jax, too",
+    )
     p.add_argument("--t5", type=Path, metavar="PATH", help="T5's folder or .safetensors file, instead of SOURCE's")
     p.add_argument("--clip", type=Path, metavar="PATH", help="CLIP's folder or .safetensors file, instead of SOURCE's")
     p.add_argument("--vae", type=Path, metavar="PATH", help="the autoencoder's folder or file (such as ae.safetensors)")
@@ -68,25 +79,43 @@ def run(args: argparse.Namespace) -> None:
     if args.to == "diffusers":
         from convert.export import export
 
+        if args.ternary is not None:
+            raise UserError("--ternary rounds a checkpoint of flux_jax: leave it out, or leave out --to diffusers")
         export(args.source, args.out, quiet=args.quiet)
         return
-    from convert import hub, sources
-    from convert.run import convert
+    from convert import form, hub, sources
+    from convert.run import convert, rewrite
+    from flux_jax.checkpoint import Checkpoint, is_checkpoint
 
     parts = None if args.parts is None else tuple(args.parts.split(","))
     if unknown := set(parts or ()) - set(PARTS):
         raise UserError(f"--parts knows {','.join(PARTS)}, not {','.join(sorted(unknown))}")
-    options = {part: path for part in PARTS if (path := getattr(args, part, None)) is not None}
+    if args.ternary is not None and "transformer" not in (parts or PARTS):
+        raise UserError("--ternary rounds the transformer, which --parts leaves out")
     if args.out.exists() and not args.overwrite:  # said before anything is downloaded
         raise UserError(f"{args.out} exists already: choose another name, or give --overwrite to replace it")
-    source, origin = Path(args.source), None
-    if hub.is_hub_name(args.source):
-        needed = [part for part in parts or PARTS if part not in options]
-        source, origin = hub.fetch(args.source, needed), args.source
-    model = sources.find(
-        source, options=options, tokenizers=args.tokenizers, parts=parts, config=args.config, origin=origin
-    )
-    for warning in convert(model, args.out, dtype=args.dtype, overwrite=args.overwrite, quiet=args.quiet):
+    how: dict = {"form": form.Form(args.dtype, args.ternary), "overwrite": args.overwrite, "quiet": args.quiet}
+    options = {part: path for part in PARTS if (path := getattr(args, part, None)) is not None}
+    if args.ternary is not None and is_checkpoint(args.source):
+        if options or args.tokenizers or args.config:
+            raise UserError(
+                f"{args.source} is a checkpoint with parts of its own: leave out the options that name others"
+            )
+        warnings = rewrite(args.source, args.out, parts=parts, **how)
+    else:
+        source, origin = Path(args.source), None
+        if hub.is_hub_name(args.source):
+            needed = [part for part in parts or PARTS if part not in options]
+            source, origin = hub.fetch(args.source, needed), args.source
+        model = sources.find(
+            source, options=options, tokenizers=args.tokenizers, parts=parts, config=args.config, origin=origin
+        )
+        warnings = convert(model, args.out, **how)
+    if args.ternary is not None:
+        warnings.append(form.WARNING)
+        if not args.quiet:
+            print(report(Checkpoint.open(args.out).config), file=sys.stderr)
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
 

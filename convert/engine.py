@@ -154,8 +154,11 @@ def _normal_names(source: Source, fmt: Format) -> tuple[dict[str, str], list[str
     return renamed, faults
 
 
-def read_weight(source: Source, weight: Weight, dtype: Any) -> np.ndarray:
-    """One weight in `dtype`, its pieces read one after the other. The caller has checked the plan."""
+def read_weight(source: Source, weight: Weight, dtype: Any = None) -> np.ndarray:
+    """One weight in `dtype` (None: the widest of its pieces'), its pieces read one after the other. The caller has
+    checked the plan."""
+    stored = [np.dtype(FLOATS[source.entries[piece.name].dtype]) for piece in weight.pieces]
+    dtype = max(stored, key=lambda d: d.itemsize) if dtype is None else dtype
     out = np.empty(weight.shape, dtype)
     for piece in weight.pieces:
         value = source.read(piece.name)

@@ -1,7 +1,9 @@
 """A checkpoint written back as a diffusers folder, which diffusers' FluxPipeline.from_pretrained loads.
 
 In: a checkpoint, a folder name. Out: model_index.json, scheduler/, tokenizers, and per part a config.json and one
-.safetensors file with the published names, in the checkpoint's dtype. Weights go through one at a time.
+.safetensors file with the published names, in the checkpoint's dtype. Weights go through one at a time. Ternary weights
+are multiplied out, codes * scale, since diffusers has no place for packed ones: it then computes what this package
+does with activations in full precision, up to the rounding of the products to the checkpoint's dtype.
 """
 
 import json
@@ -15,6 +17,7 @@ import numpy as np
 
 from convert import configs
 from convert.engine import Weight, expected
+from convert.form import dense_stream, dense_table
 from convert.reader import FLOATS
 from convert.rules import FORMATS
 from convert.sources import TOKENIZER_FOLDERS
@@ -87,7 +90,7 @@ def _write_part(checkpoint: Checkpoint, part: str, file: Path, quiet: bool) -> N
     """One safetensors file: header first, all shapes being known, then each weight's pieces in that order."""
     from tqdm import tqdm
 
-    fmt, table = FORMATS[part][0], checkpoint.table(part)
+    fmt, table = FORMATS[part][0], dense_table(checkpoint, part)
     weights = expected(part, fmt, checkpoint.config, leaf_table(abstract_part(part, checkpoint.config)))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -110,7 +113,7 @@ def _write_part(checkpoint: Checkpoint, part: str, file: Path, quiet: bool) -> N
         tqdm(total=offset, unit="B", unit_scale=True, file=sys.stderr, desc=part, disable=quiet) as bar,
     ):
         f.write(len(text).to_bytes(8, "little") + text)
-        for path, value in checkpoint.stream(part, weights):
+        for path, value in dense_stream(checkpoint, part, weights):
             for piece in _pieces(weights[path], value):
                 f.write(memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
                 bar.update(piece.nbytes)

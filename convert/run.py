@@ -1,62 +1,57 @@
 """Converts a model weight by weight into a checkpoint that appears whole or not at all.
 
-In: a `Model` (paths, configs), a name for the checkpoint, a dtype. Out: the checkpoint. Everything that headers can
-show is checked before the first weight is read, and reported at once. Memory: the largest source tensor, in the
-source's dtype and in the target's, plus `flux_jax.checkpoint.FLUSH_BYTES` and fixed overhead.
+In: a `Model` (paths, configs) or a checkpoint, a name for the new checkpoint, the `Form` of its weights. Out: the
+checkpoint. Everything that headers can show is checked before the first weight is read, and reported at once. Memory:
+the largest source tensor, in the source's dtype and in the target's, plus `flux_jax.checkpoint.FLUSH_BYTES` (twice, for
+a checkpoint) and fixed overhead.
 """
 
 import hashlib
-import math
 import shutil
 import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from convert.engine import Plan, make_plan, read_weight, report
+from convert.form import Form
 from convert.reader import Source
-from convert.sources import Model
-from flux_jax.checkpoint import TOKENIZERS, Writer
+from convert.sources import Model, licence_files
+from flux_jax.checkpoint import MANIFEST, TOKENIZERS, Checkpoint, Writer
 from flux_jax.errors import UserError
 from flux_jax.tokenizers import Tokenizers, ensure_tokenizer_json
 
 MARGIN = 1.01  # of disk space beyond the weights, for the files around them
 HASH_BLOCK = 2**22
+BFLOAT16 = Form()
 
 
 def convert(
-    model: Model, out: Path, *, dtype: Any = jnp.bfloat16, overwrite: bool = False, quiet: bool = False
+    model: Model, out: Path, *, form: Form = BFLOAT16, overwrite: bool = False, quiet: bool = False
 ) -> list[str]:
     """Writes the checkpoint `out`; returns warnings (weights with NaN or infinity). UserError with all faults."""
     sources = {part: Source.from_path(path) for part, path in model.paths.items()}
     plans = {part: make_plan(part, model.config, source) for part, source in sources.items()}
     if faults := [f"{part}: {fault}" for part, plan in plans.items() for fault in plan.faults]:
         raise report(faults, f"{model.origin} cannot be converted")
-    total = (
-        sum(math.prod(w.shape) for plan in plans.values() for w in plan.weights.values()) * jnp.dtype(dtype).itemsize
-    )
+    shapes = {part: {path: weight.shape for path, weight in plan.weights.items()} for part, plan in plans.items()}
     with Writer(out, overwrite=overwrite) as writer:
-        _check_space(out, total)
+        _check_space(out, _size(shapes, form))
         tokenizers = _tokenizers(model, writer.working / TOKENIZERS)
         hashes = Hashes(file for source in sources.values() for file in source.files)
         warnings = []
-        with _progress(total, quiet) as bar:
+        with _progress(_size(shapes, form), quiet) as bar:
             for part, plan in plans.items():
-                bar.set_description(part)
-                for value, warning in _weights(plan, sources[part], dtype):
-                    writer.add(part, *value)
-                    warnings += [f"{part}: {warning}"] if warning else []
-                    bar.update(value[1].nbytes)
+                warnings += _write(writer, part, _weights(plan, sources[part], form), form, bar)
             bar.set_description("hashing")
             sha256 = hashes.result()
         names = {file: _relative(file, model) for file in sha256}
         writer.finish(
             model.config,
             tokenizers=tokenizers,
+            quantization=form.quantization,
             source={"from": model.origin, "sha256": {names[file]: digest for file, digest in sha256.items()}},
             licence=model.licence,
             files=model.licence_files,
@@ -64,13 +59,66 @@ def convert(
     return warnings
 
 
-def _weights(plan: Plan, source: Source, dtype: Any) -> Iterable[tuple[tuple[str, np.ndarray], str | None]]:
-    for path, weight in plan.weights.items():
-        value = read_weight(source, weight, dtype)
-        yield (
-            (path, value),
-            None if finite(value) else f"NaN or infinity in {path} ({', '.join(p.name for p in weight.pieces)})",
+def rewrite(
+    name: str,
+    out: Path,
+    *,
+    form: Form,
+    parts: Iterable[str] | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> list[str]:
+    """The checkpoint `name` (a path or an alias) once more, its weights in another form. As `convert`; UserError where
+    it is ternary already."""
+    stored = Checkpoint.open(name)
+    if stored.quantization is not None:
+        raise UserError(f"{stored.directory} has ternary weights already")
+    shapes = {part: {n: shape for n, (_, shape) in stored.table(part).items()} for part in parts or stored.parts}
+    if "transformer" not in shapes:
+        raise UserError(f"{stored.directory} has no transformer to round")
+    with Writer(out, overwrite=overwrite) as writer:
+        _check_space(out, _size(shapes, form))
+        warnings = []
+        with _progress(_size(shapes, form), quiet) as bar:
+            for part, table in shapes.items():
+                weights = ((n, value, stored.directory.name) for n, value in stored.stream(part, table))
+                warnings += _write(writer, part, weights, form, bar)
+        digest = hashlib.sha256((stored.directory / MANIFEST).read_bytes()).hexdigest()
+        writer.finish(
+            stored.config,
+            tokenizers=None if stored.manifest["tokenizers"] is None else stored.tokenizers,
+            quantization=form.quantization,
+            source={"from": stored.directory.name, "sha256": {MANIFEST: digest}},
+            licence=stored.manifest.get("licence"),
+            files=licence_files(stored.directory),
         )
+    return warnings
+
+
+def _size(shapes: dict[str, dict[str, tuple[int, ...]]], form: Form) -> int:
+    return sum(form.nbytes(name, shape) for table in shapes.values() for name, shape in table.items())
+
+
+def _weights(plan: Plan, source: Source, form: Form) -> Iterable[tuple[str, np.ndarray, str]]:
+    """Name, value, names in the source; what is to be rounded keeps the source's precision until then."""
+    for path, weight in plan.weights.items():
+        value = read_weight(source, weight, None if form.rounds(path) else form.dtype)
+        yield path, value, ", ".join(piece.name for piece in weight.pieces)
+
+
+def _write(writer: Writer, part: str, weights: Iterable[tuple[str, np.ndarray, str]], form: Form, bar) -> list[str]:
+    """Adds a part to the checkpoint; returns its warnings."""
+    warnings = []
+    bar.set_description(part)
+    for name, value, origin in weights:
+        if not finite(value):
+            if form.rounds(name):
+                raise UserError(f"NaN or infinity in {name} ({origin}), which cannot be rounded to ternary")
+            warnings.append(f"{part}: NaN or infinity in {name} ({origin})")
+        for stored, array in form.arrays(name, value):
+            writer.add(part, stored, array)
+            bar.update(array.nbytes)
+    return warnings
 
 
 def finite(x: np.ndarray) -> bool:

@@ -60,7 +60,9 @@ def find(
         paths = {part: source / folder for part, folder in configs.FOLDERS.items()} | paths
         tokenizers = tokenizers or source
     elif (source / MANIFEST).is_file():
-        raise UserError(f"{source} is a checkpoint of flux_jax already: '--to diffusers' turns it back")
+        raise UserError(
+            f"{source} is a checkpoint of flux_jax already: '--to diffusers' turns it back, '--ternary' rounds it"
+        )
     else:
         raise UserError(f"{source} is no diffusers folder (no model_index.json) and no .safetensors file")
     if lacking := [part for part in wanted if part not in paths]:
@@ -73,10 +75,14 @@ def find(
     settled = _config(source, index, paths) if config is None else _given(config)
     standard = settled.transformer in (TransformerConfig(), TransformerConfig(guidance_embeds=False))
     root = source if source.is_dir() else source.parent
-    texts = {name: (root / name).read_bytes() for name in LICENCE_FILES if (root / name).is_file()}
     stated = index.get(configs.EXTRA, {}).get("licence")
     licence = stated or (LICENCES[settled.transformer.guidance_embeds] if standard and "transformer" in paths else None)
-    return Model(settled, paths, folders, origin or source.name, licence, texts)
+    return Model(settled, paths, folders, origin or source.name, licence, licence_files(root))
+
+
+def licence_files(folder: Path) -> dict[str, bytes]:
+    """The licence's own texts in a model's folder, by name: they go where the weights go."""
+    return {name: (folder / name).read_bytes() for name in LICENCE_FILES if (folder / name).is_file()}
 
 
 def _tokenizer_folders(root: Path) -> dict[str, Path]:

@@ -48,6 +48,11 @@ def resolve(name: str | Path) -> Path:
     raise UserError(f"no checkpoint {str(name)!r}: give a directory made by 'python -m convert', or one of: {known}", 3)
 
 
+def is_checkpoint(name: str | Path) -> bool:
+    """Whether `Checkpoint.open` would find a manifest there."""
+    return str(name) in ALIASES or (Path(name) / MANIFEST).is_file()
+
+
 class Checkpoint:
     """An opened checkpoint: `config`, `manifest`, and `load(part)`. Opening reads the manifest only."""
 

@@ -24,6 +24,7 @@ from flux_jax.config import FluxConfig
 from flux_jax.models.linear import Linear
 from flux_jax.models.ternary import TernaryLinear
 from flux_jax.parts import abstract_part, dotted, leaf_table
+from pallas_kernels import packed_width
 
 METHODS = ("least-squares", "absmean")
 CHUNK = 2**18  # weights of a numpy array that a thread works on at a time: about 10 MB of intermediate results
@@ -142,6 +143,13 @@ def ternary_paths(config: FluxConfig) -> dict[str, tuple[int, int]]:
     return {path: (shape[0], shape[1]) for (path, _, kind), shape in split if kind == "weight" and is_ternary(path)}
 
 
+def held_bits(config: FluxConfig) -> float:
+    """Bits that a ternary weight takes in memory: 2, the padding of rows, and its share of the row's float32 scale. On
+    disk they are fewer, see `flux_jax.storage.size_on_disk`."""
+    shapes = ternary_paths(config).values()
+    return 8 * sum(n * (packed_width(k) + 4) for n, k in shapes) / sum(map(math.prod, shapes))
+
+
 def report(config: FluxConfig) -> str:
     """A table of every layer of the transformer, what it becomes and how many parameters it has; totals below."""
     table = leaf_table(abstract_part("transformer", config))
@@ -159,12 +167,8 @@ def report(config: FluxConfig) -> str:
     ternary = ternary_paths(config)
     ours, published = (f"{each(ternary):,} of {each(linears):,}" for each in (len, _published))
     count, total = sum(map(math.prod, ternary.values())), sum(map(math.prod, table.values()))
-    return "\n".join(
-        [
-            *lines,
-            f"ternary: {count:,} of {total:,} parameters ({count / total:.2%}), {ours} matrices: {published} linears",
-        ]
-    )
+    share = f"{count:,} of {total:,} parameters ({count / total:.2%})"
+    return "\n".join([*lines, f"ternary: {share}, {published} linears as published, {ours} matrices here"])
 
 
 def _published(paths: Iterable[str]) -> int:

@@ -1,0 +1,203 @@
+"""`python -m convert --ternary`: from folders, single files and checkpoints; back to diffusers; pictures from it."""
+
+import dataclasses
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import published
+import pytest
+import tiny_model
+from safetensors.numpy import load_file, save_file
+
+from convert.__main__ import main
+from flux_jax.checkpoint import MANIFEST, Checkpoint, save
+from flux_jax.errors import UserError
+from flux_jax.generate import main as generate
+from flux_jax.parts import leaves
+from flux_jax.quantize import METHODS, quantize_transformer, report, ternarize, ternary_paths
+from flux_jax.storage import flatten, nest
+from pallas_kernels import LAYOUT_VERSION, unpack_ternary
+
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+CONFIG = dataclasses.replace(  # a tiny model that diffusers' classes can express, rows of one and of two tiles
+    tiny_model.config(), transformer=dataclasses.replace(tiny_model.config().transformer, timestep_dim=256)
+)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A float32 checkpoint of random weights."""
+    return tiny_model.save(tmp_path_factory.mktemp("original") / "tiny", CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folder(original, tmp_path_factory):
+    """The same as a diffusers folder."""
+    out = tmp_path_factory.mktemp("published") / "folder"
+    assert main(["--to", "diffusers", str(original), str(out), "-q"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def pristine(original, tmp_path_factory):
+    """The checkpoint, rounded."""
+    out = tmp_path_factory.mktemp("rounded") / "ternary"
+    assert main([str(original), str(out), "-q", "--ternary", "--dtype", "float32"]) == 0
+    return out
+
+
+@pytest.fixture
+def saved(pristine, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(pristine, tmp_path / "ternary")
+
+
+def weights(path):
+    opened = Checkpoint.open(path)
+    return opened.read("transformer", opened.table("transformer"))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        x.dtype == b[name].dtype and np.array_equal(x, b[name]) for name, x in a.items()
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_stored(original, tmp_path, method, capsys):
+    assert main([str(original), str(tmp_path / "out"), f"--ternary={method}"]) == 0
+    done = capsys.readouterr()
+    assert done.out == f"{tmp_path / 'out'}\n"
+    assert report(CONFIG) in done.err
+    assert "warning: the weights were rounded, not distilled" in done.err
+    stored, dense, shapes = weights(tmp_path / "out"), weights(original), ternary_paths(CONFIG)
+    for path, (n, k) in shapes.items():
+        codes, scale = ternarize(dense.pop(f"{path}.weight"), method)
+        assert np.array_equal(unpack_ternary(stored.pop(f"{path}.packed"), k), codes)
+        assert np.array_equal(stored[f"{path}.scale"], scale) and stored.pop(f"{path}.scale").dtype == np.float32
+        assert codes.shape == (n, k)
+    assert same(stored, {name: value.astype(jnp.bfloat16) for name, value in dense.items()})
+    manifest = Checkpoint.open(tmp_path / "out").manifest
+    assert manifest["quantization"] == {
+        "layout": LAYOUT_VERSION, "method": method, "distilled": False, "activations": "bf16"
+    }  # fmt: skip
+
+
+def test_every_source_gives_the_same(original, folder, pristine, tmp_path):
+    assert main([str(folder), str(tmp_path / "diffusers"), "-q", "--ternary", "--dtype", "float32"]) == 0
+    single = published.bfl_transformer(load_file(folder / TRANSFORMER), CONFIG.transformer)
+    file = published.write(tmp_path / "flux1.safetensors", single)
+    config = published.config_file(tmp_path / "config.json", CONFIG)
+    options = ["--parts", "transformer", "--config", str(config), "--dtype", "float32", "-q"]
+    assert main([str(file), str(tmp_path / "bfl"), *options, "--ternary"]) == 0
+    expected = weights(pristine)
+    assert same(weights(tmp_path / "diffusers"), expected)
+    assert same(weights(tmp_path / "bfl"), expected)
+
+
+def test_loading(original, pristine):
+    """Equal to rounding the loaded transformer; a dtype that is asked for leaves codes and scales alone."""
+    opened = Checkpoint.open(pristine)
+    expected = dict(leaves(quantize_transformer(Checkpoint.open(original).load("transformer"))))
+    loaded = opened.load("transformer", dtype=jnp.bfloat16, activations="int8")
+    assert loaded.single_blocks.linear1.activations == "int8"
+    assert opened.load("transformer").double_blocks.img.qkv.activations == "bf16"
+    for name, value in leaves(loaded):
+        wanted = expected.pop(name)
+        if name.endswith(".scale"):
+            assert value.dtype == np.float32 and np.allclose(value, wanted, rtol=1e-6)
+        else:
+            wanted = wanted if wanted.dtype == np.uint8 else wanted.astype(jnp.bfloat16)
+            assert value.dtype == wanted.dtype and np.array_equal(value, wanted), name
+    assert not expected
+
+
+def test_back_to_diffusers_multiplies_out(pristine, tmp_path):
+    assert main(["--to", "diffusers", str(pristine), str(tmp_path / "out"), "-q"]) == 0
+    stored, shapes = weights(pristine), ternary_paths(CONFIG)
+    tensors = load_file(tmp_path / "out" / TRANSFORMER)
+
+    def dense(path):
+        return unpack_ternary(stored[f"{path}.packed"], shapes[path][1]) * stored[f"{path}.scale"][:, None]
+
+    k = dense("double_blocks.0.txt.qkv").reshape(3, -1, CONFIG.transformer.hidden_size)[1]
+    assert np.array_equal(tensors["transformer_blocks.0.attn.add_k_proj.weight"], k)
+    assert np.array_equal(tensors["single_transformer_blocks.1.proj_out.weight"], dense("single_blocks.1.linear2"))
+    assert np.array_equal(tensors["x_embedder.weight"], stored["img_in.weight"])
+    # Rounding it again finds the same codes and scales.
+    assert main([str(tmp_path / "out"), str(tmp_path / "again"), "-q", "--ternary", "--dtype", "float32"]) == 0
+    again = weights(tmp_path / "again")
+    assert all(np.array_equal(value, again[name]) for name, value in stored.items() if not name.endswith(".scale"))
+    assert all(np.allclose(value, again[name]) for name, value in stored.items())
+
+
+def test_a_picture(pristine, tmp_path, capsys):
+    assert generate(["red", "--model", str(pristine), "-o", str(tmp_path / "red.png"), "--steps", "1", "-q"]) == 0
+    assert "not distilled" in capsys.readouterr().err
+    assert (tmp_path / "red.png").is_file()
+
+
+def edit(folder, change):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layout": 99}, f"layout 99, this flux_jax reads layout {LAYOUT_VERSION}"),
+        ({"activations": "fp4"}, "activations of its quantization"),
+        ({"distilled": "no"}, "damaged: distilled"),
+    ],
+)
+def test_quantization_is_checked_first(saved, change, words):
+    edit(saved, lambda m: m["quantization"].update(change))
+    shutil.rmtree(saved / "transformer")
+    with pytest.raises(UserError, match=words):
+        Checkpoint.open(saved)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("packed", "bfloat16"), ("packed", "int8"), ("scale", "bfloat16")])
+def test_dtypes_of_codes_and_scales(saved, kind, dtype):
+    name = f"single_blocks.0.linear1.{kind}"
+    edit(saved, lambda m: m["parts"]["transformer"]["weights"][name].__setitem__(0, dtype))
+    with pytest.raises(UserError, match=f"wrong dtype: {name} is {dtype}, must be (uint8|float32)"):
+        Checkpoint.open(saved).load("transformer")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "words"),
+    [("packed", 0b10, "bits 10"), ("scale", np.nan, r"scale \[\d+\] holds NaN or infinity")],
+)
+def test_damaged_contents(saved, kind, value, words):
+    from orbax.checkpoint import v1 as ocp
+
+    tree = flatten(ocp.load(saved.absolute() / "transformer"))
+    tree[f"double_blocks.0.txt.proj.{kind}"].flat[3] = value
+    shutil.rmtree(saved / "transformer")
+    ocp.save(saved.absolute() / "transformer", nest(tree))
+    with pytest.raises(UserError, match=rf"double_blocks\.0\.txt\.proj is damaged.*{words}"):
+        Checkpoint.open(saved).load("transformer")
+
+
+def test_what_cannot_be_rounded(folder, original, pristine, tmp_path, capsys):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    tensors = load_file(damaged / TRANSFORMER)
+    tensors["transformer_blocks.0.attn.to_k.weight"][3, 5] = np.nan
+    save_file(tensors, damaged / TRANSFORMER)
+    save(tmp_path / "few", CONFIG, {})
+    for arguments, words in (
+        ([damaged], "NaN or infinity in double_blocks.0.img.qkv.weight (transformer_blocks.0.attn.to_q.weight"),
+        ([pristine], "ternary weights already"),
+        ([tmp_path / "few"], "no transformer to round"),
+        ([original, "--parts", "clip"], "--parts leaves out"),
+        ([original, "--vae", folder], "leave out the options"),
+        ([original, "--to", "diffusers"], "leave out --to diffusers"),
+    ):
+        source, *options = map(str, arguments)
+        assert main([source, str(tmp_path / "out"), "-q", *options, "--ternary"]) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
