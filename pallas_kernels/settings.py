@@ -33,7 +33,7 @@ GEMV_ROWS = 16  # up to here a product is one pass over the weights, and rows ar
 class Settings:
     """Tiles of the Triton kernel: block_m tokens x block_n channels, block_k codes a step.
 
-    Blocks are powers of two, block_m and block_n from 16 (a tensor core's least) and block_k from one tile of the layout
+    Blocks are powers of two, block_m and block_n from 16 (a tensor core's least), block_k from a tile of the layout
     up; num_warps is 1, 2, 4, 8 or 16; num_stages, the depth of the load pipeline, 1 to 8. ValueError for anything else.
     """
 
@@ -138,15 +138,16 @@ def heuristic(target: Target, m: int, n: int, k: int, operand: str) -> Settings:
     if operand == "float32":
         return Settings(32, 64, 128, 4, 2)
     if m <= GEMV_ROWS:
-        return Settings(16, 32, 512 if 4 * packed_width(k) % 512 == 0 else 128, 4, 4)
+        block_k = 512 if 4 * packed_width(k) % 512 == 0 else 128
+        return Settings(16, 64, block_k, 4, 3) if n >= 64 * 264 else Settings(16, 32, block_k, 4, 4)
     block_m = min(128, max(32, 1 << (m - 1).bit_length()))
     if not hopper:
         return Settings(block_m, 128, 128, 8 if block_m == 128 else 4, 3)
-    if not whole:
+    if operand != "int8" or not whole:
         return Settings(block_m, 128, 128, 4 if operand == "int8" else 8, 3)
-    # 256 channels wide while that leaves a tile for each of some 132 multiprocessors, of which one holds two narrow ones.
+    # 256 channels wide while there is such a tile for each of some 132 multiprocessors; of narrow ones, each holds two.
     wide = -(-m // block_m) * -(-n // 256) >= 128
-    return Settings(block_m, 256 if wide else 128, 256, 8, 3 if operand == "int8" else 2)
+    return Settings(block_m, 256 if wide else 128, 256, 8, 3)
 
 
 def table_path(device: str) -> Path:
