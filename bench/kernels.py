@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from bench import report, timing
-from bench.products import IMPLEMENTATIONS, LIMITS, activations_for, error, operands, shapes
+from bench.products import IMPLEMENTATIONS, LIMITS, error, expected, kernel, operands, quantized, shapes
 from flux_jax.config import dev, nano
 from flux_jax.errors import UserError
 from pallas_kernels import Target, compiling_for
@@ -43,8 +43,9 @@ def measure(m: int, n: int, k: int, names: Sequence[str], samples: int, tiny: bo
     weights = dict(zip(("dense", "packed"), sets, strict=True))
     plans = []
     for name in names:
-        own, inputs = weights[IMPLEMENTATIONS[name].weights], activations_for(name, x)
-        copies = [own] if tiny else [own, *(jax.tree.map(jnp.copy, own) for _ in range(timing.copies_of(own) - 1))]
+        own, function = weights[IMPLEMENTATIONS[name].weights], IMPLEMENTATIONS[name].function
+        inputs = quantized(x) if function is kernel else x
+        copies = timing.copies(own, 1 if tiny else None)
         guess = max(2 * m * n * k / 5e14, nbytes(own) / 2e12, SMALLEST_CALL)
         rounds = 1 if tiny else timing.rounds_for(guess, len(copies))
         plans.append((name, inputs, copies, rounds))
@@ -55,9 +56,11 @@ def measure(m: int, n: int, k: int, names: Sequence[str], samples: int, tiny: bo
     for (name, inputs, copies, rounds), program in zip(plans, compiled, strict=True):
         seconds = timing.samples(program, inputs, copies, rounds, samples)
         outputs = program(inputs, copies)
-        wrong = max(error(name, x, copies[i], outputs[i]) for i in {0, len(copies) - 1})
+        _, activations, _ = IMPLEMENTATIONS[name]
+        right = expected(activations, x, copies[0])
+        wrong = max(error(y, right) for y in outputs)
         row = {"m": m, "n": n, "k": k, "implementation": name, **timing.summary(seconds), "error": wrong}
-        rows.append(row | {"correct": wrong <= LIMITS[IMPLEMENTATIONS[name].activations]})
+        rows.append(row | {"correct": wrong <= LIMITS[activations]})
         del outputs
     return rows
 

@@ -2,7 +2,7 @@
 
 In: a `FluxConfig`. Out: `shapes`, every (n, k) of a ternary layer with the names of its layers; `operands`, random
 activations and weights of one of them; `IMPLEMENTATIONS`, functions (x, weights) -> y that compute the product in
-different ways; `error`, how far a result is from float64.
+different ways; `error`, how far a result is from float64 (`expected`).
 """
 
 import functools
@@ -17,7 +17,7 @@ import numpy as np
 from flux_jax.config import FluxConfig
 from flux_jax.quantize import ternary_paths
 from pallas_kernels import pack_ternary, quantize_rows, ternary_matmul, unpack_ternary
-from pallas_kernels.settings import choose_settings, current_target
+from pallas_kernels.settings import Settings, choose_settings, current_target
 
 CHECKED_ROWS = 32  # of a result, compared with float64
 # Largest error over the largest value. bfloat16 rounds a result by up to 2**-9 of itself; the sums of bf16 products are
@@ -56,14 +56,20 @@ def ternary(activations: str, implementation: str) -> Callable[[Any, dict[str, j
     return product
 
 
-def given_int8(x: tuple[jax.Array, jax.Array], weights: dict[str, jax.Array], settings: Any = None) -> jax.Array:
-    """The kernel on activations that another kernel has quantized already: x is (int8 [m, k], float32 [m])."""
+def kernel(x: Any, weights: dict[str, jax.Array], settings: Settings | None = None) -> jax.Array:
+    """The Triton kernel by itself. x: bf16 [m, k], or (int8 [m, k], float32 [m]) as another kernel has quantized it.
+
+    settings: those to try; None takes what the product would take.
+    """
     from pallas_kernels import triton  # deprecated in JAX: a machine without it measures the rest
 
-    target, (n, width) = current_target(), weights["packed"].shape
-    settings = settings or choose_settings(target, x[0].shape[0], n, 4 * width, "int8")
+    rows, row_scale = x if isinstance(x, tuple) else (x, None)
+    target, n = current_target(), weights["packed"].shape[0]
+    settings = settings or choose_settings(target, *rows.shape[:1], n, rows.shape[1], str(rows.dtype))
     interpret = target.platform == "interpret"
-    return triton.matmul(*x, **weights, settings=settings, out_dtype=jnp.bfloat16, interpret=interpret)
+    return triton.matmul(
+        rows, row_scale, **weights, settings=settings, out_dtype=jnp.dtype(jnp.bfloat16), interpret=interpret
+    )
 
 
 IMPLEMENTATIONS = {
@@ -72,7 +78,7 @@ IMPLEMENTATIONS = {
     "A16 scratch": Implementation("packed", "bf16", ternary("bf16", "xla")),
     "A8 kernel": Implementation("packed", "int8", ternary("int8", "triton")),
     "A8 scratch": Implementation("packed", "int8", ternary("int8", "xla")),
-    "A8 kernel, int8 given": Implementation("packed", "int8", given_int8),
+    "A8 kernel, int8 given": Implementation("packed", "int8", kernel),
 }
 
 
@@ -88,25 +94,35 @@ def operands(m: int, n: int, k: int) -> tuple[jax.Array, dict[str, jax.Array], d
     return x, {"weight": weight, "bias": bias}, {"packed": pack_ternary(codes), "scale": scale, "bias": bias}
 
 
-def activations_for(name: str, x: jax.Array) -> Any:
-    """What the implementation of that name takes for x."""
-    return jax.jit(quantize_rows)(x) if IMPLEMENTATIONS[name].function is given_int8 else x
+@jax.jit
+def quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x as another kernel leaves it: int8 [m, k] and the scale of each row."""
+    return quantize_rows(x)
 
 
-def error(name: str, x: jax.Array, weights: dict[str, jax.Array], y: jax.Array) -> float:
-    """Largest error of y over the largest value, on `CHECKED_ROWS` rows spread over all, against float64 on the host.
+def expected(activations: str, x: jax.Array, weights: dict[str, jax.Array]) -> np.ndarray:
+    """`CHECKED_ROWS` rows of the product, spread over all, float64 on the host.
 
-    With int8 activations that is the product of the integers themselves: what rounding x costs is no error of a kernel.
+    With int8 activations the product of the integers themselves: what rounding x costs is no error of a kernel.
     """
-    kept = np.unique(np.linspace(0, y.shape[0] - 1, CHECKED_ROWS).astype(int))
-    if IMPLEMENTATIONS[name].activations == "int8":
-        q, row_scale = (np.asarray(part, np.float64) for part in quantize_rows(x[kept]))
+    kept = checked_rows(x.shape[0])
+    if activations == "int8":
+        q, row_scale = (np.asarray(part[kept], np.float64) for part in quantized(x))
         rows = q * row_scale[:, None]
     else:
         rows = np.asarray(x[kept], np.float64)
+    bias = np.asarray(weights["bias"], np.float64)
     if "weight" in weights:
-        matrix = np.asarray(weights["weight"], np.float64)
-    else:
-        matrix = unpack_ternary(np.asarray(weights["packed"]), x.shape[-1]) * np.asarray(weights["scale"])[:, None]
-    expected = rows @ matrix.T.astype(np.float64) + np.asarray(weights["bias"], np.float64)
-    return float(np.abs(np.asarray(y[kept], np.float64) - expected).max() / np.abs(expected).max())
+        return rows @ np.asarray(weights["weight"], np.float64).T + bias
+    codes = unpack_ternary(np.asarray(weights["packed"]), x.shape[-1]).astype(np.float64)
+    return rows @ codes.T * np.asarray(weights["scale"], np.float64) + bias
+
+
+def error(y: jax.Array, right: np.ndarray) -> float:
+    """Largest error of y [m, n] over the largest value, on the rows of `expected`; infinite where y is not finite."""
+    found = np.asarray(y[checked_rows(y.shape[0])], np.float64)
+    return float(np.abs(found - right).max() / np.abs(right).max()) if np.isfinite(found).all() else float("inf")
+
+
+def checked_rows(m: int) -> np.ndarray:
+    return np.unique(np.linspace(0, m - 1, CHECKED_ROWS).astype(int))

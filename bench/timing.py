@@ -5,7 +5,6 @@ sample. A program runs the operation many times in a loop on the device, over al
 sum is larger than any cache, so that every call finds its weights in memory, as a layer among many does.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,10 +18,11 @@ CACHE_BYTES = 2**28  # more than any L2 cache; the copies of the weights take at
 MOST_COPIES, LEAST_COPIES = 64, 2
 
 
-def copies_of(weights: Any) -> int:
-    """How many copies of the weights (arrays or shapes) it takes to flush the cache."""
-    nbytes = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(weights))
-    return min(MOST_COPIES, max(LEAST_COPIES, -(-CACHE_BYTES // nbytes)))
+def copies(weights: Any, count: int | None = None) -> list[Any]:
+    """The weights, and further arrays of the same contents: `count` in all, or as many as flush the cache."""
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    count = count or min(MOST_COPIES, max(LEAST_COPIES, -(-CACHE_BYTES // nbytes)))
+    return [weights, *(jax.tree.map(jnp.copy, weights) for _ in range(count - 1))]
 
 
 def loop(operation: Callable[[Any, Any], jax.Array], rounds: int) -> Any:
