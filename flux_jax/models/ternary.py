@@ -24,8 +24,11 @@ class TernaryLinear(nnx.Module):
 
     packed uint8 [..., n, packed_width(d_in)], scale float32 [..., n], bias [..., n] or none. activations: "bf16" takes
     x as it is, in its own floating dtype; "int8" rounds each row of x to int8 with a scale of its own, and then sums
-    integers exactly. ValueError for other activations.
+    integers exactly. ValueError for other activations. `implementation` may be set to "xla" or "triton", for a
+    comparison of the two; None takes what suits the device and the shape.
     """
+
+    implementation: str | None = None
 
     def __init__(self, packed: Any, scale: Any, bias: Any = None, *, d_in: int, activations: str = "bf16"):
         if activations not in ACTIVATIONS:
@@ -42,7 +45,8 @@ class TernaryLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         bias = None if self.bias is None else self.bias[...]
-        return ternary_matmul(x, self.packed[...], self.scale[...], bias, activations=self.activations)
+        how = {"activations": self.activations, "implementation": self.implementation}
+        return ternary_matmul(x, self.packed[...], self.scale[...], bias, **how)
 
     def dense(self, dtype: Any = jnp.float32) -> Array:
         """The weight matrix that this layer stands for, codes * scale, [..., n, k]."""
