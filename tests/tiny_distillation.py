@@ -1,4 +1,4 @@
-"""A distillation so small that it runs in seconds: teacher, prompts, options; and processes that die where they are told."""
+"""A distillation so small that it runs in seconds: teacher, prompts, options, and processes that die when told."""
 
 import dataclasses
 import os

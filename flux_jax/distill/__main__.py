@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(json.dumps({"out": str(args.out), "held_out_loss": about["held_out_loss"]} | about["held_out_relative"]))
+    import jax
+
+    if jax.process_index() == 0:
+        losses = {name: about[name] for name in ("held_out_loss", "held_out_relative")}
+        print(json.dumps({"out": str(args.out)} | losses))
     return 0
 
 

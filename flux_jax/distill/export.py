@@ -43,7 +43,8 @@ def stacked_leaves(work: Workspace, params: Any):
         if last == "log_scale":
             continue
         if last == "latent":
-            codes, scale = student.finished(*meshes.fetch((leaf, flat[(*path[:-1], "log_scale")])))
+            whole = meshes.fetch((leaf, flat[(*path[:-1], "log_scale")]))
+            codes, scale = student.finished(*map(jnp.asarray, whole))
             packed = pack_ternary(np.asarray(codes))
             yield f"{name}.packed", packed
             yield f"{name}.scale", np.asarray(scale, np.float32)

@@ -44,14 +44,16 @@ def by_row(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def parameter(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Cut along the largest axis (the last of equals) that the mesh's `fsdp` divides; whole where none is."""
-    cuts = mesh.shape["fsdp"]
+def axis_to_cut(cuts: int, shape: tuple[int, ...]) -> int | None:
+    """The largest axis (the last of equals) that `cuts` divides; None where none is, or nothing is to be cut."""
     candidates = [axis for axis, size in enumerate(shape) if cuts > 1 and size % cuts == 0]
-    if not candidates:
-        return whole(mesh)
-    best = max(candidates, key=lambda axis: (shape[axis], axis))
-    return NamedSharding(mesh, PartitionSpec(*(AXES[1] if axis == best else None for axis in range(len(shape)))))
+    return max(candidates, key=lambda axis: (shape[axis], axis), default=None)
+
+
+def parameter(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """A parameter's place: cut over `fsdp` where an axis can be, else whole on every device."""
+    cut = axis_to_cut(mesh.shape["fsdp"], shape)
+    return NamedSharding(mesh, PartitionSpec(*(AXES[1] if axis == cut else None for axis in range(len(shape)))))
 
 
 def put(tree: Any, sharding: Any) -> Any:

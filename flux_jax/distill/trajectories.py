@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 from tqdm import tqdm
 
 from flux_jax import denoise
@@ -38,7 +38,7 @@ def order(prompts: list[str], seed: int, count: int) -> list[str]:
 
 @functools.partial(jax.jit, static_argnames=("rows", "columns", "channels"))
 def noises(
-    seed: Int[Array, ""], indices: Int[Array, " b"], rows: int, columns: int, channels: int
+    seed: UInt[Array, ""], indices: Int[Array, " b"], rows: int, columns: int, channels: int
 ) -> Float[Array, "b i c"]:
     """Each trajectory's noise, by (seed, index); channels of a latent."""
     key = jax.random.key(seed)

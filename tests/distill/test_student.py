@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_distillation import config
 
 from flux_jax.distill import student, training
 from flux_jax.distill.options import Options
@@ -14,7 +15,6 @@ from flux_jax.models.blocks import SingleBlock
 from flux_jax.models.linear import Linear
 from flux_jax.models.ternary import TernaryLinear
 from flux_jax.quantize import ternarize
-from tiny_distillation import config
 
 N, K = 6, 24
 

@@ -1,0 +1,206 @@
+"""Whole distillations of a tiny teacher: the exported student is the trained one, a killed run ends with the same bits,
+and whatever cannot be done is one sentence."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_distillation as tiny
+from flax import nnx
+
+from flux_jax import checkpoint, quantize
+from flux_jax.distill import end_to_end, export
+from flux_jax.distill.__main__ import main, usable_cores
+from flux_jax.distill.options import Options
+from flux_jax.distill.run import prepare, teach
+from flux_jax.distill.trajectories import load_or_make
+from flux_jax.errors import UserError
+from flux_jax.prompts import held_out, split
+
+PHASES = ("double_blocks.0", "single_blocks.0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distill")
+    tiny.teacher(folder)
+    tiny.prompts_file(folder)
+    return folder
+
+
+def words(folder: Path, out: str, options: Options = tiny.OPTIONS) -> list[str]:
+    teacher, file = str(folder / "teacher"), str(folder / "prompts.txt")
+    return [teacher, str(folder / out), "--prompts", file, *tiny.flags(options)]
+
+
+def contents(out: Path) -> dict:
+    """All weights and the manifest: everything but the metrics, which tell the time."""
+    stored = checkpoint.Checkpoint.open(out)
+    weights = {f"{part}/{n}": v for part in stored.parts for n, v in stored.read(part, stored.table(part)).items()}
+    return weights | {"manifest": stored.manifest}
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """An uninterrupted run, in a process of its own."""
+    done = tiny.run(words(folder, "whole"))
+    assert done.returncode == 0, done.stderr
+    return folder / "whole", done
+
+
+def test_killed_in_every_phase_and_in_a_save_it_ends_with_the_same_bits(folder, whole):
+    """Killed while trajectories are written, while a block learns, while Orbax gives a save its name (in both phases),
+    and in the middle of phase end_to_end."""
+    for die in (("store", 2), ("step", 3), ("orbax", 2), ("step", 7), ("orbax", 4)):
+        killed = tiny.run(words(folder, "killed"), die=die)
+        assert killed.returncode == -9, (die, killed.stderr)
+        assert not (folder / "killed").exists()
+    done = tiny.run(words(folder, "killed"))
+    assert done.returncode == 0, done.stderr
+    expected, found = contents(whole[0]), contents(folder / "killed")
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    steps = [
+        [(row["phase"], row["step"]) for row in map(json.loads, path.read_text().splitlines())]
+        for path in (folder / name / "training" / "metrics.jsonl" for name in ("whole", "killed"))
+    ]
+    assert sorted(steps[0]) == sorted(steps[1])  # no line twice, none lost
+
+
+def test_what_is_told_about_a_run(folder, whole):
+    out, done = whole
+    last = json.loads(done.stdout.splitlines()[-1])
+    told = checkpoint.Checkpoint.open(out).manifest["quantization"]
+    assert told["distilled"] is True and told["activations"] == "bf16" and told["method"] == "least-squares"
+    assert told["phases"] == {"blockwise": tiny.OPTIONS.block_steps, "end_to_end": tiny.OPTIONS.learning_steps}
+    assert Options(**told["options"]) == tiny.OPTIONS
+    training, apart = split(tiny.PROMPTS)
+    assert told["prompts"]["training"] == len(training) and told["prompts"]["held_out"] == len(apart)
+    assert last["held_out_loss"] == told["held_out_loss"]
+    assert set(told["held_out_loss"]) == {"rounding", "blockwise", "end_to_end"}
+    rows = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["phase"] for row in rows} == {*(f"blockwise {name}" for name in PHASES), "end_to_end", "held_out"}
+    assert [row["after"] for row in rows if row["phase"] == "held_out"] == ["rounding", "blockwise", "end_to_end"]
+    assert "end_to_end" in done.stderr  # the progress bar
+    teacher = checkpoint.Checkpoint.open(folder / "teacher")
+    for part in ("t5", "clip", "vae"):
+        theirs, ours = (c.read(part, c.table(part)) for c in (teacher, checkpoint.Checkpoint.open(out)))
+        for name, value in theirs.items():
+            np.testing.assert_array_equal(ours[name], value)
+    assert not list(out.with_name("whole.run").glob("blockwise/states*"))  # the largest files are gone
+
+
+def test_the_packed_student_gives_the_velocity_of_the_trained_one(folder, tmp_path):
+    """With int8 activations, one scale a matrix and bf16 latents, which are the harder cases."""
+    options = dataclasses.replace(
+        tiny.OPTIONS, phases="end_to_end", activations="int8", scales="tensor", latent_dtype="bfloat16", accumulate=2,
+        timesteps="error", learning_steps=3,
+    )  # fmt: skip
+    work = prepare(folder / "teacher", tmp_path / "out.run", tiny.PROMPTS, options, None)
+    graph, params, about = teach(work)
+    export.export(work, params, tmp_path / "out", about, overwrite=False)
+    points = load_or_make(work, "held_out", work.held_out, options.held_out).points(np.array([0, 3]), np.array([0, 2]))
+    batch = jax.tree.map(jnp.asarray, points)
+    expected = jax.jit(lambda p, b: end_to_end.velocity(graph, work.dtype, p, b, end_to_end.frozen(work)))(
+        params, batch
+    )
+    packed = checkpoint.Checkpoint.open(tmp_path / "out").load("transformer", jnp.float32)
+
+    @jax.jit
+    def velocity(packed, b):
+        modulation = packed.modulation(b["t"], jnp.full((2,), work.guidance), b["pooled"])
+        return packed(b["x"], b["text"], modulation, work.rope)
+
+    found = velocity(packed, batch)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(jnp.abs(expected).max()))
+    plain = quantize.quantize_transformer(
+        checkpoint.Checkpoint.open(folder / "teacher").load("transformer", jnp.float32)
+    )
+    assert float(jnp.abs(velocity(plain, batch) - expected).max()) > 0.01  # it has learned something
+    stored = {str(v.dtype) for _, v in nnx.to_flat_state(nnx.state(params and packed))}
+    assert stored == {"uint8", "float32"}
+
+
+def test_trajectories_are_the_pipelines(folder, tmp_path):
+    """The last point and its velocity lead to the picture that the pipeline draws from the same noise."""
+    from flux_jax.distill.trajectories import Maker
+    from flux_jax.pipeline import FluxPipeline
+
+    options = dataclasses.replace(tiny.OPTIONS, dtype="float32", phases="none")
+    work = prepare(folder / "teacher", tmp_path / "run", tiny.PROMPTS, options, None)
+    found = Maker(work, 0).chunk(tiny.PROMPTS[:2], 0, 4)
+    pipe = FluxPipeline.from_pretrained(folder / "teacher", dtype="float32")
+    for i in range(2):
+        x, v = found["x"][i].astype(np.float32), found["velocity"][i].astype(np.float32)
+        drawn = pipe(tiny.PROMPTS[i], latents=x[:1], output_type="latent").images[0]
+        end = x[-1] + (work.sigmas[-1] - work.sigmas[-2]) * v[-1]
+        np.testing.assert_allclose(end, drawn, atol=2e-2)
+        assert np.abs(end - x[0]).max() > 0.5
+
+
+REFUSED = {
+    "an unknown phase": (["--phases", "blockwise,magic"], "Unknown phase 'magic'"),
+    "phases in the wrong order": (["--phases", "end_to_end,blockwise"], "in order"),
+    "a mesh that does not divide": (["--mesh", "data=3"], "3 devices"),
+    "a mesh that is none": (["--mesh", "rows=2"], "must read such as"),
+    "a batch that does not divide": (["--batch", "3", "--accumulate", "2"], "--accumulate 2"),
+    "no steps": (["--block-steps", "0"], "--block-steps must be at least 1"),
+    "words for a number": (["--batch", "many"], "--batch"),
+    "no ternary modulation": (["--no-modulation"], "--no-modulation"),
+    "a size of no whole tokens": (["--height", "33"], "33"),
+    "one process of several": (["--processes", "2"], "--coordinator"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_one_sentence(folder, case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    extra, says = REFUSED[case]
+    out = tmp_path / "out"
+    assert main([str(folder / "teacher"), str(out), "--prompts", str(folder / "prompts.txt"), *extra]) == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error and "\n" not in error
+    assert not any(tmp_path.iterdir())
+
+
+def refused(folder, out, texts, says, **options):
+    with pytest.raises(UserError, match=says) as caught:
+        prepare(
+            options.pop("teacher", folder / "teacher"), out, texts, dataclasses.replace(tiny.OPTIONS, **options), None
+        )
+    assert "\n" not in str(caught.value) and caught.value.exit_code in (2, 3)
+
+
+def test_teachers_prompts_and_folders_that_will_not_do(folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    refused(folder, run, ["a red circle"] * 5, "1 different")
+    apart = [p for p in tiny.PROMPTS if held_out(p)]
+    refused(folder, run, apart, "left for training")
+    refused(folder, run, [p for p in tiny.PROMPTS if p not in apart], "held out")
+    refused(folder, run, tiny.PROMPTS, "no checkpoint", teacher=tmp_path / "nowhere")
+    made = tiny.config()
+    ternary = tmp_path / "ternary"
+    modules = {"transformer": quantize.quantize_transformer(tiny.tiny_model.modules(made)["transformer"])}
+    about = {"layout": 1, "method": "least-squares", "distilled": False, "activations": "bf16"}
+    checkpoint.save(ternary, made, modules, quantization=about)
+    refused(folder, run, tiny.PROMPTS, "ternary already", teacher=ternary)
+    (tmp_path / "file").write_text("")
+    refused(folder, tmp_path / "file" / "run", tiny.PROMPTS, "Cannot write")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    refused(folder, tmp_path / "other", tiny.PROMPTS, "no folder of a distillation")
+    refused(folder, run, tiny.PROMPTS, "GB free", trajectories=10**9)
+    prepare(folder / "teacher", run, tiny.PROMPTS, tiny.OPTIONS, None)
+    refused(folder, run, tiny.PROMPTS, "another --seed", seed=1)
+    refused(folder, run, tiny.PROMPTS[1:], "another prompts")
+    prepare(folder / "teacher", run, tiny.PROMPTS, dataclasses.replace(tiny.OPTIONS, save_every=3), None)
+
+
+def test_cores_divide_every_batch():
+    assert [usable_cores(n, [64, 32]) for n in (1, 2, 3, 7, 96)] == [1, 2, 2, 4, 32]
+    assert usable_cores(4, [6, 4]) == 2
