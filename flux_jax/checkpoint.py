@@ -3,6 +3,7 @@
     NAME/flux_jax.json                 format version, configs, quantization, source, licence, versions, weights' table
     NAME/{transformer,t5,clip,vae}/    one Orbax v1 tree per part, a leaf per weight and layer (see `flux_jax.parts`)
     NAME/tokenizers/{t5,clip}/         the tokenizers' own files
+    NAME/SHA256SUMS                    the hash of every other file (see `flux_jax.verify`)
 
 In: a directory or an alias. Out: `Checkpoint`, whose `load` gives one part as an NNX module on the devices asked for.
 The arrays are stored as numpy arrays, so nothing in the files speaks of devices, and `orbax.checkpoint.v1.load` reads
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flux_jax import verify
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.manifest import MANIFEST, TOKENIZERS, VERSION, inside, read_manifest
@@ -298,6 +300,7 @@ class Writer:
         (self.working / MANIFEST).write_text(lined_json(manifest) + "\n")
         for note in self.working.glob("*/commit_success.txt"):  # Orbax names a folder of this machine in it
             note.write_text("Checkpoint commit was successful\n")
+        verify.write(self.working)
         publish(self.working, self.directory)
 
     def _part(self) -> str:

@@ -88,6 +88,7 @@ def build_parser(version: str) -> Parser:
     add("--device", choices=("cpu", "gpu"), help="default: a GPU if JAX finds one")
     add("--offload", choices=OFFLOAD, default="none", help=OFFLOADING)
     add("--vae-tiling", choices=("auto", "on", "off"), default="auto", help=TILING)
+    add("--verify", action="store_true", help="compare the checkpoint's files with their SHA-256 before use")
     add("--no-cache", action="store_true", help="do not keep compiled programs in the user's cache folder")
 
     add = parser.add_argument_group("output").add_argument

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flux_jax import cache, cli, images, jobs, memory
+from flux_jax import cache, cli, images, jobs, memory, verify
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 
@@ -85,7 +85,12 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         report |= {"dry_run": True, "parameters": parameter_counts(stored.config)}
         report["images"] = [{"path": str(job.output), "id": job.id, **job.settings()} for job in left]
-        explain(report, args)
+        words = ""
+        if left:
+            words, report["memory"] = memory_plan(
+                stored, dtype, max(left, key=lambda job: job.height * job.width), args
+            )
+        explain(report, words, args)
     else:
         report |= generate(args, left, stored.directory, model, dtype) if left else {"images": []}
     if args.json:
@@ -104,6 +109,7 @@ def list_models() -> None:
 def set_environment(device: str | None) -> None:
     """What JAX reads when it is imported, so it must be set before. The user's own values win, except for --device."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the rest of the GPU to others
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory.FRACTION))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -133,6 +139,10 @@ def generate(
     import jax
 
     check_device(args.device)
+    if args.verify:
+        count = verify.check(folder)
+        if args.verbose:
+            say(f"{count} files of {folder} are what was written")
     cached = None if args.no_cache else cache.enable()
     from flux_jax.pipeline import FluxPipeline
 
@@ -227,7 +237,18 @@ def parameter_counts(config: FluxConfig) -> dict[str, int]:
     }
 
 
-def explain(report: dict[str, Any], args) -> None:
+def memory_plan(stored: Any, dtype: str, job: jobs.Job, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """What a picture would take on this machine, in words and in numbers."""
+    from flux_jax import plan
+    from flux_jax.pipeline import resolve_dtype
+
+    check_device(args.device)
+    model = plan.model_of(stored, resolve_dtype(dtype))
+    sizes = {"height": job.height, "width": job.width, "steps": job.steps, "length": job.max_sequence_length}
+    return plan.describe(plan.Planner(model, None, **sizes), args.offload, args.vae_tiling)
+
+
+def explain(report: dict[str, Any], words: str, args) -> None:
     """A dry run in words on stderr, and the paths that would be written on stdout."""
     counts = report["parameters"]
     total = sum(counts.values())
@@ -237,6 +258,8 @@ def explain(report: dict[str, Any], args) -> None:
         for image in report["images"]:
             size = f"{image['width']}x{image['height']}"
             say(f"{size}, {image['steps']} steps, seed {image['seed']}: {image['prompt']}")
+        if words:
+            say(words)
     if not args.json:
         for image in report["images"]:
             print(image["path"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from flux_jax.errors import UserError
 
+FRACTION = 0.95  # of a GPU's memory for programs; XLA's own default is 0.75
 STAGES = {"text": "encoding the prompt", "denoise": "denoising", "decode": "decoding the picture"}
 
 

@@ -41,8 +41,9 @@ _position_bias = jax.jit(T5Encoder.position_bias, static_argnums=1)
 
 
 @jax.jit
-def _layer(layer: T5Layer, x: Float[Array, "b t d"], bias: Float[Array, "1 h t t"]) -> Float[Array, "b t d"]:
-    return layer(x, bias)
+def layer(weights: T5Layer, x: Float[Array, "b t d"], bias: Float[Array, "1 h t t"]) -> Float[Array, "b t d"]:
+    """One layer of T5 as a program of its own."""
+    return weights(x, bias)
 
 
 @jax.jit
@@ -59,8 +60,8 @@ def encode_by_layers(t5: T5Encoder, ids: Sequence[np.ndarray], device: Any) -> l
     texts = [jax.device_put(table[each], device) for each in ids]
     bias = jax.device_put(_position_bias(t5, ids[0].shape[1]), device)
     for i in range(t5.config.num_layers):
-        layer = jax.tree.map(lambda w, i=i: jax.device_put(np.asarray(w)[i], device), t5.layers)
+        weights = jax.tree.map(lambda w, i=i: jax.device_put(np.asarray(w)[i], device), t5.layers)
         # Waited for: copies run ahead of the computation, and would bring further layers before this one has gone.
-        texts = jax.block_until_ready([_layer(layer, text, bias) for text in texts])
-        del layer
+        texts = jax.block_until_ready([layer(weights, text, bias) for text in texts])
+        del weights
     return [_normed(lend(t5.final_norm, device), text) for text in texts]

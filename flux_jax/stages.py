@@ -33,15 +33,16 @@ class Stages:
         """What `program` returns. One made by jax.jit is compiled ahead of its call, which then finds it ready.
         UserError with exit code 4 where it runs out of memory."""
         try:
-            if hasattr(program, "lower"):
-                self.compile(program, *args)
+            if hasattr(program, "lower") and (short := self.shortage(self.compile(program, *args))):
+                raise MemoryError(short)
             start = time.perf_counter()
             result = jax.block_until_ready(program(*args))
         except (MemoryError, RuntimeError) as error:
             if not memory.is_exhausted(error):
                 raise
             flags = memory.flags_for(stage, self.offloading, self.vae_tiling)
-            raise memory.exhausted(memory.STAGES[stage], flags) from error
+            reason = str(error) if isinstance(error, MemoryError) else ""
+            raise memory.exhausted(memory.STAGES[stage] + reason, flags) from error
         self.seconds[stage] += time.perf_counter() - start
         return result
 
@@ -51,6 +52,13 @@ class Stages:
         compiled = program.lower(*args).compile()
         self.seconds["compile"] += time.perf_counter() - start
         return compiled
+
+    def shortage(self, compiled: jax.stages.Compiled) -> str:
+        """What a program needs beside its arguments and what is free on the device, in words; "" where that is enough.
+        Known before it runs: on a CPU the system would rather kill the process than refuse the memory."""
+        found, free = compiled.memory_analysis(), memory.free(next(iter(self.device.device_set)))
+        needed = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        return "" if free is None or needed <= free else f" ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)"
 
     def lend(self, module: nnx.Module) -> nnx.Module:
         """A part where programs run: there for good, or until the last reference to what is returned has gone."""
@@ -72,8 +80,7 @@ class Stages:
         vae = self.lend(vae)
         strips = STRIP_BYTES if self.vae_tiling == "on" else None
         if self.vae_tiling == "auto":
-            whole = self.compile(denoise.decode, vae, drawn[0], rows, columns).memory_analysis()
-            free = memory.free(next(iter(drawn[0].devices())))
-            if free is not None and whole.temp_size_in_bytes > free:
+            whole = self.compile(denoise.decode, vae, drawn[0], rows, columns, None)
+            if self.shortage(whole):
                 strips = STRIP_BYTES
         return [np.asarray(self.run("decode", denoise.decode, vae, x, rows, columns, strips)) for x in drawn]

@@ -136,6 +136,7 @@ def test_dry_run_writes_nothing(run, tmp_path):
     assert (status, out) == (0, "0.png\n1.png\n")
     assert "126,315 parameters" in err
     assert "64x32, 3 steps, seed 8: a red circle" in err
+    assert "It fits: " in err
     report = json.loads(run("a red circle", "--dry-run", "--json")[1])
     assert report["dry_run"] is True
     assert report["images"][0]["steps"] == 3

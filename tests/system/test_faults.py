@@ -1,0 +1,89 @@
+"""What breaks on real machines: memory that runs out, files that change on the way, processes that die."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny_model
+
+from flux_jax import generate, memory, verify
+from flux_jax.checkpoint import resolve
+from flux_jax.errors import UserError
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return tiny_model.save(tmp_path / "model", tiny_model.config())
+
+
+def largest(model: Path) -> Path:
+    """A file of the transformer's weights."""
+    return max((f for f in (model / "transformer").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_whole_checkpoint_is_verified(model):
+    assert verify.check(model) == sum(file.is_file() for file in model.rglob("*")) - 1
+    done = subprocess.run(["sha256sum", "--quiet", "-c", verify.SUMS], cwd=model, check=False)
+    assert done.returncode == 0
+    assert verify.check(resolve("nano")) > 10
+
+
+def test_a_flipped_bit_a_lost_end_and_a_lost_file_are_found(model, tmp_path, capsys):
+    file = largest(model)
+    content = file.read_bytes()
+    for damage in (flip, lambda f: f.write_bytes(content[:-1]), Path.unlink):
+        file.write_bytes(content)
+        damage(file)
+        with pytest.raises(UserError, match=file.name):
+            verify.check(model)
+    argv = [
+        "a red circle",
+        "-m",
+        str(model),
+        "--verify",
+        "--device",
+        "cpu",
+        "-o",
+        str(tmp_path / "a.png"),
+        "--no-cache",
+    ]
+    assert generate.main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_truncated_file_is_one_sentence_without_hashes_too(model, tmp_path, capsys):
+    file = largest(model)
+    file.write_bytes(file.read_bytes()[:100])
+    assert generate.main(["a red circle", "-m", str(model), "--no-cache", "-o", str(tmp_path / "a.png")]) == 2
+    err = capsys.readouterr().err
+    assert "cannot be read, copy or convert it again" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("text", ["", "x  a\n", f"{'0' * 64}  ../a\n", f"{'0' * 64}  /a\n"])
+def test_damaged_sums(model, text):
+    (model / verify.SUMS).write_text(text)
+    if text:
+        with pytest.raises(UserError, match=r"SHA256SUMS is damaged"):
+            verify.check(model)
+    (model / verify.SUMS).unlink()
+    with pytest.raises(UserError, match="no readable SHA256SUMS"):
+        verify.check(model)
+
+
+def test_too_large_a_picture_is_refused_before_it_takes_the_memory(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "free", lambda device: 10**5)
+    argv = ["a red circle", "-m", str(model), "--device", "cpu", "--no-cache", "-q", "-o", str(tmp_path / "a.png")]
+    assert generate.main(argv) == 4
+    err = capsys.readouterr().err
+    assert err.startswith("Out of memory while decoding the picture (0.0 GB needed, 0.0 GB free); try --vae-tiling on")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()

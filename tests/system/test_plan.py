@@ -1,0 +1,85 @@
+"""What a picture takes on a device, known before anything is loaded."""
+
+import importlib.util
+import json
+
+import jax.numpy as jnp
+import pytest
+import tiny_model
+
+from flux_jax import aot, plan
+from flux_jax.config import dev
+
+SIZE = {"height": 32, "width": 64, "steps": 3, "length": 12}
+
+
+@pytest.fixture(scope="module")
+def planner() -> plan.Planner:
+    return plan.Planner(plan.Model(tiny_model.config(), None, jnp.dtype("float32")), None, **SIZE)
+
+
+def test_weights_are_those_of_the_modules(planner):
+    size = {part: plan.nbytes(module) for part, module in tiny_model.modules(tiny_model.config()).items()}
+    text, denoise, decode = planner.stages()
+    assert text.weights == size["t5"] + size["clip"]
+    assert denoise.weights == size["transformer"]
+    assert decode.weights == size["vae"]
+    assert {stage.weights + stage.waiting for stage in (text, denoise, decode)} == {sum(size.values())}
+    assert all(stage.temporaries > 0 for stage in (text, denoise, decode))
+
+
+def test_offloading_leaves_only_what_works(planner):
+    stages = planner.stages("model")
+    assert [stage.waiting for stage in stages] == [0, 0, 0]
+    layer = plan.nbytes(planner.model.part("t5").layers)  # of which the tiny T5 has one
+    assert planner.stages("layers")[0].weights == max(layer, plan.nbytes(planner.model.part("clip")))
+
+
+def test_the_first_flag_that_helps_is_named(planner, monkeypatch):
+    """Sizes of a model far larger than its device, in gigabytes, in place of the tiny one's."""
+    stages = {
+        ("none", "on"): (20, 20, 18), ("model", "off"): (9, 4, 6), ("model", "on"): (9, 4, 2),
+        ("layers", "off"): (1, 4, 6), ("layers", "on"): (1, 4, 2),
+    }  # fmt: skip
+    stages[("none", "off")] = (20, 20, 22)
+    monkeypatch.setattr(planner, "stages", lambda *flags: [plan.Stage("s", 0, 0, total) for total in stages[flags]])
+    both = "--offload layers --vae-tiling on"
+    expected = {30: "", 20: "--vae-tiling on", 12: "--offload model", 7: "--offload layers", 5: both}
+    for capacity, flags in expected.items():
+        monkeypatch.setattr(planner, "capacity", capacity)
+        words, figures = plan.describe(planner, "none", "off")
+        assert figures["fits"] is (not flags)
+        assert figures["remedy"] == (flags or None)
+        assert (f"does with {flags}." if flags else "It fits: ") in words
+    monkeypatch.setattr(planner, "capacity", 3)
+    words, figures = plan.describe(planner, "none", "off")
+    assert "no flag makes it" in words
+    assert figures["remedy"] is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--gpu", "voodoo"], "invalid choice"),
+        (["--size", "1000x1000"], "not a multiple of 16"),
+        (["--batch", "0"], "--batch must be"),
+        (["-m", "nowhere"], "no checkpoint"),
+    ],
+)
+def test_bad_input_is_one_sentence(argv, message, capsys):
+    assert plan.main(argv) in (2, 3)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_flux_at_its_real_size_within_five_gigabytes(capsys):
+    """The whole pipeline at 1024 x 1024 on an A10, compiled for it: ternary weights, T5 by layers, strips."""
+    if not any(map(importlib.util.find_spec, aot.PLUGINS)):
+        pytest.skip("needs the extra `aot`")
+    assert plan.main(["--gpu", "a10", "--offload", "layers", "--vae-tiling", "on", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["model"] == dev().name
+    assert max(stage["total"] for stage in figures["stages"]) < 5e9
+    assert figures["stages"][0]["total"] < 1e9
