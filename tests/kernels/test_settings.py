@@ -127,7 +127,12 @@ def test_measured_settings_are_used_for_their_shape_and_near_it(tables):
         (4608, measured[1]),
     ]:
         assert s.choose_settings(H100, m, 3072, 3072, "int8") == expected
-    for other in [(1, 3072, 3072, "int8"), (512, 3072, 12288, "int8"), (512, 3072, 3072, "bfloat16")]:
+    for other in [
+        (250, 3072, 3072, "int8"),
+        (9300, 3072, 3072, "int8"),
+        (512, 3072, 12288, "int8"),
+        (512, 3072, 3072, "bfloat16"),
+    ]:
         assert s.choose_settings(H100, *other) == s.heuristic(H100, *other)
     assert s.choose_settings(A10, 512, 3072, 3072, "int8") == s.heuristic(A10, 512, 3072, 3072, "int8")
 
