@@ -1,0 +1,159 @@
+"""`python -m bench.denoise`: one picture by FLUX.1-dev's transformer, in bf16 and with ternary weights.
+
+In: a GPU; weights are random, of full size, and made there. Out, for each kind of weights: seconds of a picture and
+of a step for 50 and 28 steps, peak memory by the device's own counter, joules by NVML, and apart from them what
+compiling took; on the same machine also diffusers in bf16, eager and compiled, where torch and it are installed. With
+--save also a chart. Every trial has a process of its own, whose peak is its own. Without a GPU: the memory of the
+compiled programs (see `bench.memory`), and no time.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench import memory, power, reference, report, synthetic
+from flux_jax.config import FluxConfig, dev, nano
+from flux_jax.denoise import denoise
+from flux_jax.errors import UserError
+
+DIFFUSERS = {"diffusers bf16": False, "diffusers bf16, compiled": True}  # name -> whether torch.compile is used
+TRIALS = (*memory.WEIGHTS, *DIFFUSERS)
+
+
+def trial(weights: str, config: FluxConfig, steps: Sequence[int], samples: int) -> dict[str, Any]:
+    """Runs one kind of weights here: {compile_seconds, peak_bytes, pictures: one for each number of steps}."""
+    transformer = synthetic.weights(memory.abstract_transformer(config, weights))
+    device, pictures, spent = jax.local_devices()[0], [], 0.0
+    for count in steps:
+        noise, *rest = synthetic.inputs(config, count, *config.default_grid, jnp.bfloat16)
+        start = time.perf_counter()
+        program = denoise.lower(transformer, noise, *rest).compile()
+        spent += time.perf_counter() - start
+        jax.block_until_ready(program(transformer, noise + 0, *rest))
+        seconds, before = [], power.joules()
+        for _ in range(samples):
+            latents = jax.block_until_ready(noise + 0)  # the program takes its latents for good
+            start = time.perf_counter()
+            _, finite = jax.block_until_ready(program(transformer, latents, *rest))
+            seconds.append(time.perf_counter() - start)
+        joules = power.since(before, samples)
+        pictures.append({"steps": count, "seconds": seconds, "joules": joules, "finite": bool(finite.all())})
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return {"compile_seconds": spent, "peak_bytes": peak, "pictures": pictures}
+
+
+def in_own_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The same by a new process; {"failure": its last words} where it failed."""
+    words = [sys.executable, "-m", "bench.denoise", "--trial", name, "--samples", str(args.samples)]
+    words += ["--steps", *map(str, args.steps), *(["--tiny"] if args.tiny else [])]
+    done = subprocess.run(words, cwd=report.ROOT, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.strip().splitlines()
+        return {"failure": (lines or [f"exit status {done.returncode}"])[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rows_of(name: str, found: dict[str, Any]) -> list[list[Any]]:
+    """Rows of the table: one for each number of steps, or why there is none."""
+    if "failure" in found:
+        return [[name, None, None, None, None, None, found["failure"]]]
+    peak = found["peak_bytes"] and found["peak_bytes"] / memory.GIGABYTE
+    rows = []
+    for picture in found["pictures"]:
+        seconds = statistics.median(picture["seconds"])
+        note = "" if picture["finite"] else "NOT FINITE"
+        rows.append([name, picture["steps"], seconds, 1e3 * seconds / picture["steps"], peak, picture["joules"], note])
+    return rows
+
+
+def chart(path: Path, title: str, found: dict[str, dict[str, Any]]) -> None:
+    """Bars of peak memory and of seconds a picture, as in the paper's figure 2; what is not known is left out."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    seconds = {}
+    for name, each in found.items():
+        for picture in each.get("pictures", []):
+            seconds[f"{name}, {picture['steps']} steps"] = statistics.median(picture["seconds"])
+    peaks = {name: each["peak_bytes"] / memory.GIGABYTE for name, each in found.items() if each.get("peak_bytes")}
+    bars = {"GB, peak": peaks, "seconds a picture": seconds}
+    bars = {label: values for label, values in bars.items() if values}
+    figure, axes = pyplot.subplots(1, len(bars), figsize=(5 * len(bars), 3.5), squeeze=False, layout="constrained")
+    for axis, (label, values) in zip(axes[0], bars.items(), strict=True):
+        axis.bar_label(axis.barh(list(values), list(values.values())), fmt="%.2f", padding=3)
+        axis.set_xlabel(label)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str]) -> None:
+    args = options(argv)
+    config = nano() if args.tiny else dev()
+    if args.trial is not None:
+        if args.trial in DIFFUSERS:
+            found = reference.trial(DIFFUSERS[args.trial], config, args.steps, args.samples, args.tiny)
+        else:
+            found = trial(args.trial, config, args.steps, args.samples)
+        print(json.dumps(found))
+        return
+    on_gpu, size = jax.default_backend() == "gpu", f"{config.sampling.width} x {config.sampling.height}"
+    if on_gpu or args.tiny:
+        found, where = {}, report.device()
+        for name in args.trials:
+            report.say(f"trial: {name}")
+            found[name] = in_own_process(name, args)
+    else:
+        report.say(f"JAX finds no GPU: memory as compiled for {args.gpu}, and no time")
+        found, where = compiled_memory(args.gpu, config, args.steps[0]), f"none: compiled ahead of time for {args.gpu}"
+    print(f"{config.name}, transformer only, {size}, one picture, on {where}\n")
+    header = ["weights", "steps", "s a picture", "ms a step", "peak GB", "joules a picture", "note"]
+    rows = [row for name, each in found.items() for row in rows_of(name, each)]
+    if args.tiny:
+        rows = [[*row[:2], None, None, *row[4:]] for row in rows]
+    print(report.table(header, rows))
+    if args.save:
+        chart(args.save.with_suffix(".png"), f"{config.name}, {size}, {where}", found)
+    figures = {"model": config.name, "size": size, "tiny": args.tiny, "trials": found}
+    report.finish("denoise", figures, save=args.save, on=where)
+
+
+def compiled_memory(gpu: str, config: FluxConfig, steps: int) -> dict[str, Any]:
+    """{name: {peak_bytes, pictures: none}} from the programs as they would run on a GPU that is not here."""
+    rows, columns = config.default_grid
+    measured = {name: memory.measure(gpu, name, config, steps, rows * columns) for name in memory.WEIGHTS}
+    return {name: {"peak_bytes": each["total_bytes"], "pictures": []} for name, each in measured.items()}
+
+
+def options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = report.parser("denoise", __doc__)
+    add = parser.add_argument
+    add("--trials", nargs="+", default=list(TRIALS), choices=TRIALS, help="default: all")
+    add("--trial", choices=TRIALS, help=argparse.SUPPRESS)  # one of them, in this process; prints its JSON
+    add("--steps", nargs="+", type=int, default=None, help="numbers of steps (default: 50 and 28)")
+    add("--samples", type=int, default=3, help="pictures timed of each (default: 3)")
+    add("--gpu", default="h100", help="without a GPU: compile for this one (default: h100)")
+    add("--tiny", action="store_true", help="FLUX-nano on any device, to try the program; no time is printed")
+    args = parser.parse_args(argv)
+    args.steps = args.steps or ([2] if args.tiny else [50, 28])
+    if args.samples < 1 or min(args.steps) < 1:
+        raise UserError("--samples and --steps must be at least 1.")
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(report.run(main))

@@ -1,0 +1,119 @@
+"""Programs compiled for GPUs that are not there: meant for the GPU that was named, and their figures right."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flux_jax import aot
+from flux_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+PRESENT = any(map(importlib.util.find_spec, aot.PLUGINS))
+needs_plugin = pytest.mark.skipif(not PRESENT, reason="needs JAX's CUDA plugin (the extra aot)")
+
+# All compiling in one process of its own, in which JAX starts as `flux_jax.aot` wants it to. The product is traced for the
+# CPU first: what was traced for one device must not be taken for another.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from flux_jax import aot
+from flux_jax.models.attention import attention
+from pallas_kernels import ternary_matmul
+
+shape = jax.ShapeDtypeStruct
+token, packed = shape((256, 128), jnp.bfloat16), shape((384, 32), jnp.uint8)
+product = jax.jit(lambda x, packed, scale: ternary_matmul(x, packed, scale, activations="int8"))
+product.lower(token, packed, shape((384,), jnp.float32))
+found = {}
+for name in sys.argv[2:]:
+    dump = Path(sys.argv[1]) / name
+    compiled = aot.compile_for(name, product, token, packed, shape((384,), jnp.float32), dump=dump)
+    memory = compiled.memory_analysis()
+    found[name] = {
+        "arguments": memory.argument_size_in_bytes,
+        "output": memory.output_size_in_bytes,
+        "triton": "triton" in compiled.as_text(),
+        "ptx": "".join(path.read_text() for path in dump.glob("*.ptx")),
+    }
+query, rope = shape((1, 48, 2, 64), jnp.bfloat16), shape((2, 48, 32), jnp.float32)
+found["cudnn"] = aot.compile_for("a10", jax.jit(attention), query, query, query, rope).as_text()
+mesh = aot.mesh("h100", (2, 2), ("data", "model"))
+rows = shape((256, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data", "model")))
+whole = shape((256, 64), jnp.float32)
+sharded = aot.compile_for(mesh, jax.jit(lambda a, b: (a * 2, b.sum())), rows, whole)
+found["sharded"] = sharded.memory_analysis().argument_size_in_bytes
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    words = [sys.executable, "-W", "error", "-c", SCRIPT, str(tmp_path_factory.mktemp("dump")), "h100", "a10"]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_plugin
+@pytest.mark.parametrize(("name", "target", "product"), [("h100", "sm_90a", "wgmma"), ("a10", "sm_86", "mma.sync")])
+def test_programs_are_meant_for_the_gpu_named(found, name, target, product):
+    program = found[name]
+    assert program["triton"]  # and not XLA's product, which the host would have got
+    assert f".target {target}" in program["ptx"]
+    assert product in program["ptx"]
+
+
+@needs_plugin
+def test_memory_is_that_of_the_arguments_and_results(found):
+    assert found["h100"]["arguments"] == 256 * 128 * 2 + 384 * 32 + 384 * 4
+    assert found["h100"]["output"] == 256 * 384 * 2
+
+
+@needs_plugin
+def test_attention_is_cudnns_on_a_gpu_that_is_not_there(found):
+    assert "__cudnn$fmha" in found["cudnn"]
+
+
+@needs_plugin
+def test_shardings_over_the_devices_are_kept(found):
+    assert found["sharded"] == 256 * 64 * 4 // 4 + 256 * 64 * 4  # a quarter of one, all of the other
+
+
+@pytest.mark.skipif(PRESENT, reason="JAX's CUDA plugin is installed")
+def test_without_the_plugin_one_sentence_names_the_extra():
+    with pytest.raises(UserError, match=r"pip install 'flux-jax-ternary\[aot\]'"):
+        aot.compile_for("h100", jax.jit(jnp.sin), jnp.ones(3))
+
+
+def test_gpus_are_known_by_name_in_any_case():
+    assert aot.target("H100").architecture.name == "sm_90a"
+    assert aot.target("l20").architecture.name == "sm_89"
+    with pytest.raises(UserError, match="'b200' is described: choose one of a10, a100"):
+        aot.target("b200")
+
+
+@pytest.mark.parametrize("name", aot.GPUS)
+def test_descriptions_hold_what_the_public_files_hold(name):
+    """Against descriptions written by someone else, field by field."""
+    path = ROOT.parent / "shared" / "gpu_targets" / f"{name}.txtpb"
+    if not path.exists():
+        pytest.skip("there are no other descriptions here to compare with")
+
+    def fields(text):
+        lines = (line.partition("#")[0].strip() for line in text.splitlines())
+        return {line.partition(":")[0]: line for line in lines if line and line != "}"}
+
+    ours, theirs = fields(aot.target(name).description()), fields(path.read_text())
+    loose = {"memory_bandwidth"}  # theirs to the byte, ours as datasheets round it
+    assert {k: v for k, v in ours.items() if k not in loose} == {k: v for k, v in theirs.items() if k not in loose}
+    ours, theirs = (int(each["memory_bandwidth"].partition(":")[2]) for each in (ours, theirs))
+    assert ours == pytest.approx(theirs, rel=1e-3)
