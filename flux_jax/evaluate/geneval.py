@@ -27,32 +27,35 @@ POSITION_THRESHOLD = 0.1  # share of the summed sides that an offset must exceed
 NOTHING = 1e-3  # pixels: an offset below it says nothing
 
 
+Number = int | float
+
+
 @dataclass(frozen=True)
 class Detection:
     """box: x0, y0, x1, y1 in pixels; `color` only where prompts name one."""
 
-    box: tuple[float, float, float, float]
-    confidence: float = 1.0
+    box: tuple[Number, Number, Number, Number]
+    confidence: Number = 1.0
     color: str | None = None
 
 
-def overlap(a: Detection, b: Detection) -> float:
+def overlap(a: Detection, b: Detection) -> Number:
     """Intersection over union of the boxes, in whole pixels: both edges belong to the box."""
 
-    def area(x0: float, y0: float, x1: float, y1: float) -> float:
-        return max(x1 - x0 + 1, 0.0) * max(y1 - y0 + 1, 0.0)
+    def area(x0: Number, y0: Number, x1: Number, y1: Number) -> Number:
+        return max(x1 - x0 + 1, 0) * max(y1 - y0 + 1, 0)
 
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a.box, b.box
     common = area(max(ax0, bx0), max(ay0, by0), min(ax1, bx1), min(ay1, by1))
     union = area(*a.box) + area(*b.box) - common
-    return common / union if union else 0.0
+    return common / union if union else 0
 
 
 def keep(
     detections: Iterable[Detection],
-    confidence: float = CONFIDENCE,
+    confidence: Number = CONFIDENCE,
     max_objects: int = MAX_OBJECTS,
-    max_overlap: float = MAX_OVERLAP,
+    max_overlap: Number = MAX_OVERLAP,
 ) -> list[Detection]:
     """The detections of one class that count, most certain first: above `confidence`, at most `max_objects`, and of
     those that overlap by `max_overlap` or more only the most certain (1: all)."""
@@ -64,7 +67,7 @@ def keep(
     return kept
 
 
-def relations(a: Detection, b: Detection, threshold: float = POSITION_THRESHOLD) -> set[str]:
+def relations(a: Detection, b: Detection, threshold: Number = POSITION_THRESHOLD) -> set[str]:
     """Where a lies of b: of "left of", "right of", "above", "below". From the offset of the centres, `threshold` times
     the summed widths (heights) is taken off; what is left must exceed half of the whole offset's length."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a.box, b.box

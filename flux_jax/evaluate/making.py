@@ -46,10 +46,11 @@ def add_commands(commands) -> None:
         parser.set_defaults(run=run, plan=plan)
 
 
-def add_sampling(parser: argparse.ArgumentParser, steps: int | None) -> None:
-    """The options that say which model draws and how."""
+def add_sampling(parser: argparse.ArgumentParser, steps: int | None, model: bool = True) -> None:
+    """The options that say which model draws (unless `model` is False) and how."""
     add = parser.add_argument
-    add("--model", default="nano", help="checkpoint folder or alias, with options: nano@dtype=float32 (%(default)s)")
+    if model:
+        add("--model", default="nano", help="checkpoint or alias, with options: nano@dtype=float32 (%(default)s)")
     add("--steps", type=int, default=steps, help="denoising steps (default: the model's)")
     add("--guidance", type=float, help="guidance scale (default: the model's)")
     add("--size", metavar="WxH", help="in pixels (default: the model's; FLUX.1: 1024x1024)")
@@ -109,6 +110,18 @@ def sampling_of(args: argparse.Namespace, variant: Variant) -> dict[str, Any]:
     return {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
 
 
+def same_sampling(args: argparse.Namespace, variants: Sequence[Variant]) -> dict[str, Any]:
+    """`sampling_of` models that are to be compared; UserError unless it is the same for all, and so is their noise."""
+    first, *others = variants
+    sampling, channels = sampling_of(args, first), first.config().transformer.in_channels
+    for other in others:
+        if sampling_of(args, other) != sampling:
+            raise UserError(f"{first} and {other} have other defaults; give --steps, --guidance and --size.")
+        if other.config().transformer.in_channels != channels:
+            raise UserError(f"{first} and {other} have latents of other shapes: they cannot start from the same noise.")
+    return sampling
+
+
 def painter(variant: Variant, sampling: dict[str, Any]) -> Callable[[Any], Callable[[Picture], Any]]:
     """device -> (picture -> PIL image), with a copy of the model on that device."""
     import jax
@@ -118,7 +131,7 @@ def painter(variant: Variant, sampling: dict[str, Any]) -> Callable[[Any], Calla
             pipe = variant.load()
 
         def draw(picture: Picture) -> Any:
-            with jax.default_device(device):
+            with jax.default_device(device), variant.tracing():
                 return pipe(picture.prompt, seed=picture.seed, **sampling).images[0]
 
         return draw

@@ -1,10 +1,12 @@
 """Which model draws, and how: `nano-1.58bit@kernel=xla,activations=int8` is a checkpoint with options.
 
-In: such words of a command line. Out: a `Variant`, and from it pipelines, one for each device. Options: dtype (of
-weights and activations: auto, float32, bfloat16), activations (what ternary weights are multiplied with: bf16, int8)
-and kernel (what multiplies them: xla, the paper's "no kernel", or triton).
+In: such words of a command line. Out: a `Variant`, and from it pipelines, one for each device. Options: dtype of
+weights and activations; activations, what ternary weights are multiplied with; kernel, what multiplies them: xla (the
+paper's "no kernel"), triton, or interpret, which runs the Triton kernels on any device, slowly; offload, as
+`flux_jax.generate --offload`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -19,8 +21,11 @@ if TYPE_CHECKING:
 OPTIONS = {
     "dtype": ("auto", "float32", "bfloat16"),
     "activations": ("bf16", "int8"),
-    "kernel": ("auto", "xla", "triton"),
+    "kernel": ("auto", "xla", "triton", "interpret"),
+    "offload": ("none", "model", "layers"),
 }
+IMPLEMENTATIONS = {"xla": "xla", "triton": "triton", "interpret": "triton"}  # of a kernel; else the layer's own choice
+ANY_GPU = "8.0"  # a compute capability that the kernels accept, for the interpreter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Variant:
     dtype: str | None = None
     activations: str | None = None
     kernel: str | None = None
+    offload: str | None = None
 
     @classmethod
     def parse(cls, words: str) -> "Variant":
@@ -50,15 +56,27 @@ class Variant:
         lacking = {name: value for name, value in options.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **lacking)
 
+    def label(self) -> str:
+        """As `str`, without the folders that the checkpoint lies in: for what is shown to others."""
+        return str(dataclasses.replace(self, model=Path(self.model).name or self.model))
+
     def __str__(self) -> str:
         options = [f"{name}={value}" for name in OPTIONS if (value := getattr(self, name)) is not None]
         return self.model + ("@" + ",".join(options) if options else "")
 
     def config(self) -> "FluxConfig":
-        """Of the checkpoint; UserError where there is none."""
+        """Of the checkpoint. UserError where there is none, or an option does not fit it or the device."""
         from flux_jax.checkpoint import Checkpoint
+        from pallas_kernels.settings import current_target, supported
 
-        return Checkpoint.open(self.model).config
+        stored = Checkpoint.open(self.model)
+        if (self.kernel or self.activations) and stored.quantization is None:
+            raise UserError(f"{self}: {self.model} has no ternary weights, which kernel and activations are about.")
+        if self.kernel == "triton":
+            usable, reason = supported("triton", current_target())
+            if not usable:
+                raise UserError(f"{self}: {reason}; kernel=interpret runs them anywhere, slowly.")
+        return stored.config
 
     def identity(self) -> dict[str, Any]:
         """What decides its pictures, for records: name and SHA-256 of the checkpoint's manifest, and the options."""
@@ -67,7 +85,7 @@ class Variant:
 
         stored = Checkpoint.open(self.model)
         digest = hashlib.sha256((stored.directory / MANIFEST).read_bytes()).hexdigest()
-        options = {"activations": self.activations, "kernel": self.kernel}
+        options = {"activations": self.activations, "kernel": self.kernel}  # where parts lie changes no picture
         return {
             "name": stored.config.name,
             "sha256": digest,
@@ -77,6 +95,21 @@ class Variant:
 
     def load(self) -> "FluxPipeline":
         """On JAX's default device."""
+        from flax import nnx
+
+        from flux_jax.models.ternary import TernaryLinear
         from flux_jax.pipeline import FluxPipeline
 
-        return FluxPipeline.from_pretrained(self.model, dtype=self.dtype or "auto")
+        pipe = FluxPipeline.from_pretrained(self.model, dtype=self.dtype or "auto", offload=self.offload or "none")
+        for _, layer in nnx.iter_modules(pipe.transformer):
+            if isinstance(layer, TernaryLinear):
+                layer.activations = self.activations or layer.activations
+                layer.implementation = IMPLEMENTATIONS.get(self.kernel or "auto")
+        return pipe
+
+    def tracing(self) -> contextlib.AbstractContextManager[None]:
+        """Its pipelines must be called within this: it tells the kernels where they run."""
+        from pallas_kernels.settings import Target, compiling_for
+
+        target = Target("interpret", ANY_GPU, "interpret")
+        return compiling_for(target) if self.kernel == "interpret" else contextlib.nullcontext()

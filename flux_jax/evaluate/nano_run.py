@@ -38,16 +38,15 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
 
     names = [args.model] if args.against is None else [args.model, args.against]
     variants = [Variant.parse(name).otherwise(dtype=args.dtype) for name in names]
-    samplings = [making.sampling_of(args, variant) for variant in variants]
-    if samplings[0] != samplings[-1]:
-        raise UserError(f"{names[0]} and {names[1]} have other defaults; give --steps, --guidance and --size.")
+    sampling = making.same_sampling(args, variants)
     outs = [args.out] if args.against is None else [args.out / "model", args.out / "against"]
-    for out, variant, sampling in zip(outs, variants, samplings, strict=True):
+    for out, variant in zip(outs, variants, strict=True):
         folders.stamp(out, {"benchmark": "nano", "model": variant.identity(), "sampling": sampling, "seed": args.seed})
     cache.enable()
     reports, verdicts = [], []
-    for out, variant, sampling in zip(outs, variants, samplings, strict=True):
-        result = nano.evaluate(variant.load(), out, seed=args.seed, every=args.every, **sampling)
+    for out, variant in zip(outs, variants, strict=True):
+        with variant.tracing():
+            result = nano.evaluate(variant.load(), out, seed=args.seed, every=args.every, **sampling)
         reports.append({"model": str(variant)} | result)
         verdicts.append([json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()])
         say(f"{variant}\n{nano.table(result)}")

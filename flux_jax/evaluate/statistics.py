@@ -56,7 +56,7 @@ def share(groups: Sequence[Sequence[bool]]) -> Estimate:
     return Estimate(score, (low, high), len(groups), pictures)
 
 
-def mean(groups: Sequence[Sequence[float]]) -> Estimate:
+def mean(groups: Sequence[Sequence[int | float]]) -> Estimate:
     """The mean of scores in [0, 1] over all pictures, with Student's interval of a mean over prompts. A single prompt
     says nothing about others: [0, 1]."""
     from scipy.special import stdtrit
@@ -71,7 +71,9 @@ def mean(groups: Sequence[Sequence[float]]) -> Estimate:
     return Estimate(score, (max(0.0, score - margin), min(1.0, score + margin)), len(groups), pictures)
 
 
-def mean_difference(first: Mapping[Any, Sequence[float]], second: Mapping[Any, Sequence[float]]) -> Estimate:
+def mean_difference(
+    first: Mapping[Any, Sequence[int | float]], second: Mapping[Any, Sequence[int | float]]
+) -> Estimate:
     """First minus second on the prompts that both have (prompt -> scores), with Student's interval of the prompts'
     differences. ValueError where they have none in common."""
     from scipy.special import stdtrit

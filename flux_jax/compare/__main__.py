@@ -1,0 +1,83 @@
+"""`python -m flux_jax.compare A B --prompts FILE --out DIR`: the same noise through two models, side by side.
+
+In: two models, each a checkpoint with options (`nano-1.58bit@kernel=xla`; see `flux_jax.evaluate.models`), and prompts
+(.txt, one a line, or .jsonl with prompt and, if wanted, seed). Out: in DIR the pictures, `index.html` to open in any
+browser, `grid.png`, `report.json`; a summary on stderr, with --json the report on stdout. Needs the extra `evaluate`.
+Exit status as `flux_jax.evaluate`.
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flux_jax import inputs
+from flux_jax.cli import Parser
+from flux_jax.errors import UserError
+from flux_jax.evaluate.__main__ import guarded, say
+
+NEEDED = {"skimage": "scikit-image", "matplotlib": "matplotlib", "jinja2": "jinja2"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns the exit status; a user's mistake is one sentence on stderr."""
+    return guarded(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> None:
+    from flux_jax.evaluate import making
+
+    parser = Parser(
+        prog="python -m flux_jax.compare",
+        description="Two models side by side, from the same noise.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("a", metavar="A", help="the reference: a checkpoint folder or alias, with options: nano@dtype=float32")
+    add("b", metavar="B", help="what is compared with it")
+    add("--prompts", type=Path, required=True, help=".txt, one prompt a line, or .jsonl")
+    add("--out", type=Path, required=True, help="the folder; the same command again goes on where it stopped")
+    add("--seed", type=int, default=0, help="prompt i has noise SEED + i, unless its line says another (%(default)s)")
+    making.add_sampling(parser, steps=None, model=False)
+    add("--json", action="store_true", help="print the report on stdout")
+    args = parser.parse_args(argv)
+    if missing := [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]:
+        raise UserError(f"This needs {' and '.join(missing)}: pip install 'flux-jax-ternary[evaluate]'.")
+
+    from flux_jax.generate import set_environment
+
+    set_environment(args.device)
+    from flux_jax import cache, jobs
+    from flux_jax.compare import drawing, metrics, report
+    from flux_jax.evaluate import folders
+    from flux_jax.evaluate.models import Variant
+    from flux_jax.generate import check_device
+
+    lines, ignored = jobs.read_prompts(args.prompts)
+    if unused := sorted(set(ignored) | {key for line in lines for key in line} - {"prompt", "seed", "id"}):
+        say(f"{args.prompts}: ignoring the keys {', '.join(unused)}.")
+    tasks = [drawing.Task(i, line["prompt"], line.get("seed", args.seed + i)) for i, line in enumerate(lines)]
+    inputs.check_seeds([task.seed for task in tasks])
+    a, b = Variant.parse(args.a), Variant.parse(args.b)
+    sampling = making.same_sampling(args, [a, b])
+    check_device(args.device)
+    identities = {"a": a.identity(), "b": b.identity()}
+    prompts = [[task.prompt, task.seed] for task in tasks]
+    folders.stamp(args.out, {"comparison": identities, "sampling": sampling, "prompts": prompts})
+    cache.enable()
+    rows = drawing.run(tasks, a, b, sampling, args.out)
+    about = {"a": a.label(), "b": b.label(), "models": identities, "sampling": sampling}
+    result = report.write(args.out, tasks, rows, about)
+    found = result["summary"]
+    say(metrics.verdict(found))
+    if found["psnr"] is not None:
+        similar = "" if found["ssim"] is None else f"; SSIM {found['ssim']:.4f}, worst {found['ssim_least']:.4f}"
+        say(f"PSNR {found['psnr']:.2f} dB, worst {found['psnr_least']:.2f} dB{similar}.")
+    say(f"{args.out / 'index.html'}")
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Runs that are killed go on, finished pictures are never made twice, other settings never mix."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flux_jax.errors import UserError
+from flux_jax.evaluate import benchmarks, folders
+from flux_jax.evaluate.benchmarks import Prompt
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [Prompt(i, f"prompt {i}", "", {"prompt": f"prompt {i}"}) for i in range(5)]
+PICTURES = benchmarks.folder_pictures(PROMPTS, 2)
+RECORD = {"steps": 1, "true_cfg": 1.0, "guidance": 1.0, "width": 4, "height": 4, "model": {"sha256": "", "name": ""},
+          "versions": {"flux_jax": ""}, "negative_prompt": None}  # fmt: skip
+
+
+class Painter:
+    """Draws a picture's seed and prompt as a colour, and remembers what it drew."""
+
+    def __init__(self, fail_at=None):
+        self.drawn, self.devices, self.fail_at = [], [], fail_at
+
+    def __call__(self, device):
+        self.devices.append(device)
+
+        def draw(picture):
+            if len(self.drawn) == self.fail_at:
+                raise RuntimeError("out of luck")
+            self.drawn.append(picture)
+            return Image.new("RGB", (4, 4), (picture.seed, len(picture.prompt), int(picture.prompt[-1])))
+
+        return draw
+
+
+def record(picture, image):
+    return {"prompt": picture.prompt, "seed": picture.seed, **RECORD}
+
+
+def make(painter, out, pictures=PICTURES, devices=("one",)):
+    return folders.make(pictures, out, painter, record, devices)
+
+
+def files(out):
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_every_file_is_where_geneval_looks(tmp_path):
+    painter = Painter()
+    assert make(painter, tmp_path) == 10
+    expected = {f"{p:05d}/samples/{k:04d}.png" for p in range(5) for k in range(2)}
+    assert set(files(tmp_path)) == expected | {f"{p:05d}/metadata.jsonl" for p in range(5)}
+    assert json.loads((tmp_path / "00003/metadata.jsonl").read_text()) == {"prompt": "prompt 3"}
+    with Image.open(tmp_path / "00003/samples/0001.png") as image:
+        assert image.getpixel((0, 0)) == (43, 8, 3)
+        assert json.loads(image.text["flux_jax"])["seed"] == 43
+    assert make(painter, tmp_path) == 0
+    assert len(painter.drawn) == 10 and painter.devices == ["one"]  # nothing to do loads no model
+
+
+def test_shards_and_devices_together_make_one_run(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    make(Painter(), whole)
+    painter = Painter()
+    for part in (1, 2):
+        make(painter, parts, benchmarks.folder_pictures(benchmarks.shard(PROMPTS, part, 2), 2), ("one", "two", "three"))
+    assert files(whole) == files(parts)
+    assert len(painter.drawn) == len(set(map(str, painter.drawn))) == 10
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, "tests/evaluate")
+import test_folders as t
+from flux_jax import images
+publish, count = images._publish_new, 0
+def dies(temporary, path):
+    global count
+    count += path.suffix == ".png"
+    if count == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    publish(temporary, path)
+images._publish_new = dies
+t.make(t.Painter(), Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    whole = {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert len(whole) == 3
+    assert len(list(tmp_path.rglob(".flux-*.part"))) == 1  # the picture that was being written
+    for path in whole:
+        Image.open(path).load()
+    painter = Painter()
+    folders.sweep(PICTURES, tmp_path)  # not before all is there: another machine may be writing
+    assert list(tmp_path.rglob(".flux-*.part"))
+    assert make(painter, tmp_path) == len(painter.drawn) == 7
+    folders.sweep(PICTURES, tmp_path)
+    assert {path: os.stat(path).st_mtime_ns for path in whole} == whole
+    make(Painter(), reference := tmp_path.with_name(tmp_path.name + "-reference"))
+    assert files(tmp_path) == files(reference)
+
+
+def test_a_failure_stops_all_devices_and_keeps_what_is_finished(tmp_path):
+    with pytest.raises(RuntimeError, match="out of luck"):
+        make(Painter(fail_at=3), tmp_path, devices=("one", "two"))
+    finished = len(list(tmp_path.rglob("*.png")))
+    assert 3 <= finished <= 4
+    assert make(Painter(), tmp_path) == 10 - finished
+
+
+def test_a_picture_that_appears_meanwhile_is_not_made(tmp_path):
+    painter = Painter()
+
+    def overtaken(device):
+        make(painter, tmp_path, PICTURES[2:])  # another machine, between planning and drawing
+        return painter(device)
+
+    assert folders.make(PICTURES, tmp_path, overtaken, record, ["one"]) == 2
+    assert len(painter.drawn) == 10
+
+
+def test_other_settings_never_mix(tmp_path):
+    settings = {"model": {"sha256": "a"}, "sampling": {"steps": 4}, "seed": 42}
+    folders.stamp(tmp_path / "out", settings)
+    folders.stamp(tmp_path / "out", settings)
+    with pytest.raises(UserError, match="made with another model and seed; choose another --out"):
+        folders.stamp(tmp_path / "out", settings | {"model": {"sha256": "b"}, "seed": 1})
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "00000").mkdir()
+    with pytest.raises(UserError, match="not of this program's making"):
+        folders.stamp(tmp_path / "theirs", settings)
+    (tmp_path / "out" / folders.RUN).write_text("{")
+    with pytest.raises(UserError, match="Cannot read"):
+        folders.stamp(tmp_path / "out", settings)

@@ -1,0 +1,236 @@
+"""Two models from the same noise: metrics against formulas, a page that loads nothing, runs that go on."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+import tiny_model
+from PIL import Image
+
+from flux_jax import checkpoint, quantize
+from flux_jax.compare import drawing, metrics, report
+from flux_jax.compare.__main__ import main
+from flux_jax.pipeline import FluxPipeline
+from pallas_kernels import LAYOUT_VERSION
+
+pytest.importorskip("skimage", reason="needs the extra `evaluate`")
+pytest.importorskip("jinja2", reason="needs the extra `evaluate`")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = '<script>document.title = "broken"</script> & "a circle"'
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """A tiny model, one with other weights, and the first one's ternary form."""
+    root = tmp_path_factory.mktemp("models")
+    config = tiny_model.config()
+    words = tiny_model.tokenizers(root / "words", config)
+    parts = tiny_model.modules(config)
+    ternary = quantize.quantize_transformer(parts["transformer"], "least-squares")
+    how = {"layout": LAYOUT_VERSION, "method": "least-squares", "distilled": True, "activations": "bf16"}
+    checkpoint.save(root / "one", config, parts, tokenizers=words)
+    checkpoint.save(root / "other", config, tiny_model.modules(config, 1), tokenizers=words)
+    checkpoint.save(root / "ternary", config, parts | {"transformer": ternary}, tokenizers=words, quantization=how)
+    return {name: str(root / name) for name in ("one", "other", "ternary")}
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a red circle"}, {"prompt": HOSTILE, "seed": 9}, {"prompt": "two blue squares"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run(a, b, prompts, out, *more):
+    return main([a, b, "--prompts", str(prompts), "--out", str(out), "--steps", "2", *more])
+
+
+def test_metrics_against_their_formulas():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (32, 48, 3)).astype(np.uint8)
+    b = np.clip(a.astype(int) + rng.integers(-6, 7, a.shape), 0, 255).astype(np.uint8)
+    found = metrics.picture_metrics(a, b)
+    difference = a.astype(np.float64) - b
+    assert found["psnr"] == pytest.approx(10 * np.log10(255**2 / np.mean(difference**2)))
+    assert found["largest"] == np.abs(difference).max()
+    assert found["apart"] == np.mean(np.abs(difference) > 1)
+    assert found["ssim"] == pytest.approx(ssim(a, b), abs=1e-6)
+    assert metrics.picture_metrics(a, a) == {"psnr": None, "ssim": 1.0, "largest": 0, "apart": 0.0, "same": True}
+
+
+def ssim(a, b):
+    """Wang et al. (2004), equation 13, written out: an 11 x 11 Gaussian window of sigma 1.5, the border left out."""
+    from scipy.ndimage import correlate1d
+
+    offsets = np.arange(-5, 6)
+    window = np.exp(-(offsets**2) / 4.5) / np.exp(-(offsets**2) / 4.5).sum()
+
+    def blur(x):
+        return correlate1d(correlate1d(x, window, axis=0), window, axis=1)[5:-5, 5:-5]
+
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    mean_a, mean_b = blur(a), blur(b)
+    variance_a, variance_b, both = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    numerator = (2 * mean_a * mean_b + c1) * (2 * both + c2)
+    return (numerator / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))).mean()
+
+
+def test_latent_errors_and_summary():
+    a = np.ones((2, 3, 4), np.float32)
+    np.testing.assert_allclose(metrics.latent_errors(a, a * np.array([1, 1.5], np.float32)[:, None, None]), [0, 0.5])
+    same = {"psnr": None, "ssim": 1.0, "largest": 0, "apart": 0.0, "same": True, "latent_errors": [0.0, 0.0]}
+    near = {"psnr": 40.0, "ssim": 0.9, "largest": 9, "apart": 0.2, "same": False, "latent_errors": [0.1, 0.3]}
+    found = metrics.summary([same, near, near])
+    assert found["psnr"] == pytest.approx(40 + 10 * np.log10(3 / 2))  # of the mean squared error
+    assert (found["identical"], found["same"], found["psnr_least"], found["psnr_median"]) == (1, 1, 40.0, 40.0)
+    assert found["latent_errors_median"] == [0.1, 0.3]
+    assert metrics.verdict(found).startswith("1 of 3 pictures are the same up to rounding")
+    assert metrics.verdict(metrics.summary([same])) == "All 1 pictures are identical to the last bit."
+    assert metrics.summary([same, same, near])["psnr_median"] is None  # infinite, which JSON cannot say
+
+
+def test_comparison_of_two_models(models, prompts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(models["one"], models["other"], prompts, out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["seed"] for row in found["pictures"]] == [0, 9, 2]
+    assert found["a"] == "one"  # the folder it lies in is nobody's business
+    paths = {}
+    for side, model in (("a", "one"), ("b", "other")):
+        paths[side] = []
+
+        def keep(pipe, step, timestep, tensors, steps=paths[side]):
+            steps.append(tensors["latents"])
+
+        pipe = FluxPipeline.from_pretrained(models[model])
+        image = pipe("two blue squares", seed=2, num_inference_steps=2, callback_on_step_end=keep).images[0]
+        with Image.open(out / side / "00002.png") as file:
+            np.testing.assert_array_equal(np.asarray(file), np.asarray(image))
+    expected = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(paths["a"], paths["b"], strict=True)]
+    np.testing.assert_allclose(found["pictures"][2]["latent_errors"], expected, rtol=1e-5)
+    assert json.loads((out / "report.json").read_text()) == found
+    assert not (out / "latents").exists()
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width > 3 * 64 and grid.height > 2 * 32
+
+    times = {path: path.stat().st_mtime_ns for side in "ab" for path in (out / side).iterdir()}
+    (out / "b" / "00001.json").unlink()  # as if killed while the second model drew
+    assert run(models["one"], models["other"], prompts, out, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert {path for path, time in times.items() if path.stat().st_mtime_ns != time} == {
+        out / "a" / "00001.png", out / "b" / "00001.png", out / "b" / "00001.json",
+    }  # fmt: skip
+    assert run(models["one"], models["other"], prompts, out, "--guidance", "1") == 2
+    assert "made with another sampling" in capsys.readouterr().err
+
+
+def test_kernel_and_no_kernel_draw_the_same_up_to_rounding(models, prompts, tmp_path, capsys):
+    """The Triton kernel, interpreted, against XLA; then floating activations against int8, which are not the same."""
+    model = models["ternary"]
+    assert run(f"{model}@kernel=xla", f"{model}@kernel=interpret", prompts, tmp_path / "kernel", "--json") == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)["summary"]
+    assert found["same"] == found["pictures"] == 3
+    assert max(found["latent_errors_largest"]) < 1e-4
+    assert "the same up to rounding" in err or "identical" in err
+    assert run(f"{model}@kernel=xla", f"{model}@activations=int8", prompts, tmp_path / "int8", "--json") == 0
+    assert max(json.loads(capsys.readouterr().out)["summary"]["latent_errors_largest"]) > 1e-3
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A page of three pictures of known distances: far, identical, near."""
+    tasks, rows = [drawing.Task(i, prompt, i) for i, prompt in enumerate((HOSTILE, "a blue square", "a cross"))], []
+    for task, shift in zip(tasks, (0, 90, 2), strict=True):
+        shown = np.full((40, 64, 3), 100, np.uint8)
+        for side, value in (("a", 0), ("b", shift)):
+            path = task.picture(side, tmp_path)
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(shown + np.uint8(value)).save(path)
+        row = metrics.picture_metrics(*(drawing.pixels(task.picture(side, tmp_path)) for side in "ab"))
+        rows.append({"index": task.index, "prompt": task.prompt, "seed": task.seed, "latent_errors": [0.1, 0.2]} | row)
+    sampling = {"num_inference_steps": 2, "guidance_scale": 3.5, "width": 64, "height": 40}
+    report.write(tmp_path, tasks, rows, {"a": "one", "b": "two@kernel=xla", "models": {}, "sampling": sampling})
+    return tmp_path / "index.html"
+
+
+class Tags(html.parser.HTMLParser):
+    """Collects whatever an element could load something by."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources = []
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+
+
+def test_page_is_self_contained_and_worst_come_first(page):
+    text = page.read_text("utf-8")
+    tags = Tags()
+    tags.feed(text)
+    assert len(tags.sources) == 1 + 2 * 3  # the curve, and each picture once
+    assert all(source.startswith("data:image/") for source in tags.sources)
+    assert "url(" not in text
+    assert not re.search(r"https?://|//\w|@import", re.sub(r"data:image/\w+;base64,[\w+/=]*", "", text))
+    assert "default-src 'none'" in text
+    assert re.findall(r"<h2>(.*?)</h2>", text)[:2] == ["a blue square", "a cross"]  # and identical pictures last
+    assert HOSTILE not in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here to open the page with")
+def test_page_in_a_browser(page, tmp_path):
+    """Opened without a network: the script fills the sliders, hostile prompts are only text, pictures are seen."""
+    shot = tmp_path / "page.png"
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000",
+               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1300",
+               "--proxy-server=127.0.0.1:9"]  # fmt: skip
+    dom = subprocess.run([BROWSER, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert dom.stdout.count("<img") == 1 + 6 * 3, dom.stderr[-500:]
+    assert "<title>one and two@kernel=xla</title>" in dom.stdout
+    subprocess.run([BROWSER, *options, f"--screenshot={shot}", page.as_uri()], capture_output=True, timeout=120)
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    for gray in (100, 190):  # the worst pair's two pictures
+        assert (pixels == gray).all(-1).mean() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "more", "code", "words"),
+    [
+        ("one", "nowhere", [], 3, "nowhere"),
+        ("one", "one@kernel=cuda", [], 2, "cannot read 'kernel=cuda'"),
+        ("one", "one@kernel=xla", [], 2, "has no ternary weights"),
+        ("one", "ternary@kernel=triton", [], 2, "kernel=interpret runs them anywhere"),
+        ("one", "other", ["--steps", "0"], 2, "steps"),
+        ("one", "other", ["--seed", "-4"], 2, "seed"),
+    ],
+)
+def test_bad_input_is_one_sentence(models, prompts, tmp_path, capsys, monkeypatch, a, b, more, code, words):
+    if "triton" in b and jax.default_backend() != "cpu":
+        pytest.skip("this device runs the kernels")
+    monkeypatch.chdir(tmp_path)
+    spelt = []
+    for name, at, options in (words.partition("@") for words in (a, b)):
+        spelt.append(models.get(name, name) + at + options)
+    assert run(*spelt, prompts, tmp_path / "out", *more) == code
+    err = capsys.readouterr().err
+    assert words in err.splitlines()[-1] and "Traceback" not in err
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_missing_libraries_are_named_before_anything_is_drawn(models, prompts, tmp_path, capsys, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "skimage" else real(name, *a))
+    assert run(models["one"], models["other"], prompts, tmp_path / "out") == 2
+    assert "needs scikit-image: pip install 'flux-jax-ternary[evaluate]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
