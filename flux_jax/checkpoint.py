@@ -103,21 +103,33 @@ class Checkpoint:
             raise UserError(f"{self.directory / MANIFEST}: damaged table of the {part}: {error}") from None
 
     def load(
-        self, part: str, dtype: Any = None, sharding: Placement = None, *, activations: str | None = None
+        self,
+        part: str,
+        dtype: Any = None,
+        sharding: Placement = None,
+        *,
+        activations: str | None = None,
+        arrange: Callable[[str, np.ndarray], np.ndarray] = lambda name, weight: weight,
     ) -> nnx.Module:
         """One part as a module. dtype: None keeps the stored one, else floating weights are converted after reading,
         scales of ternary weights excepted.
 
         sharding: None (the default device), a `jax.sharding.Sharding`, a mesh to be replicated over, or a function of
-        (path, shape) of each leaf. activations: "bf16" or "int8", what ternary weights are multiplied with; None: as
-        the manifest says. UserError where a weight is missing, unknown, or of another shape or dtype than the manifest
-        or this version's module says: all of them in one message, and before any array is read; and where packed codes
-        or their scales are damaged.
+        (path, shape) of each leaf. arrange: gives a weight (outside name, as stored) the order of its shards.
+        activations: "bf16" or "int8", what ternary weights are multiplied with; None: as the manifest says.
+
+        UserError where a weight is missing, unknown, or of another shape or dtype than the manifest or this version's
+        module says: all of them in one message, and before any array is read; and where packed codes or their scales
+        are damaged.
         """
         table, module = self.table(part), self.abstract(part, activations=activations)
         self._check(part, table, leaf_table(module))
         ternary = ternary_paths(self.config) if part == "transformer" and self.quantization is not None else {}
-        return assemble(module, lambda names: self._verified(part, names, ternary), dtype=dtype, sharding=sharding)
+
+        def read(names: list[str]) -> dict[str, np.ndarray]:
+            return {name: arrange(name, weight) for name, weight in self._verified(part, names, ternary).items()}
+
+        return assemble(module, read, dtype=dtype, sharding=sharding)
 
     def abstract(self, part: str, *, activations: str | None = None) -> nnx.Module:
         """The module that `load` fills, with shapes for arrays. ValueError for unknown activations."""

@@ -7,6 +7,7 @@ one sentence. Pure Python: a wrong flag is answered before JAX is imported.
 import math
 import re
 import secrets
+from collections.abc import Sequence
 
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
@@ -72,6 +73,16 @@ def check_prompt(prompt: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError("The prompt is empty; say what to draw.")
     return prompt
+
+
+def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """A seed for each of `count` pictures: those given, or counted up from one, given or drawn at random."""
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise UserError(f"{len(seed)} seeds for {count} pictures; pass one for each, or one for all.")
+        return check_seeds(list(seed))
+    first = random_seed() if seed is None else seed
+    return check_seeds([first + i if seed is not None else (first + i) % SEED_LIMIT for i in range(count)])
 
 
 def check_seeds(seeds: list[int]) -> list[int]:

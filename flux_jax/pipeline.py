@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from flux_jax import denoise, images, inputs, memory, sampling
+from flux_jax import denoise, images, inputs, memory, placement, sampling
 from flux_jax.checkpoint import Checkpoint
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
@@ -58,8 +58,11 @@ class FluxPipeline:
         dtype: Any = jnp.float32,
         offload: str = "none",
         vae_tiling: str = "auto",
+        mesh: Mesh | None = None,
     ):
-        """offload: a mode of `flux_jax.offload`, for modules that lie on the host. vae_tiling: as in `Stages`."""
+        """offload: a mode of `flux_jax.offload`, for modules that lie on the host. vae_tiling: as in `Stages`. mesh: of
+        a transformer that `flux_jax.placement` loaded."""
+        self.spread = None if mesh is None else placement.Spread(transformer, mesh)
         self.offload, self.vae_tiling = offload, vae_tiling
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.transformer, self.vae, self.t5, self.clip, self.tokenizers = transformer, vae, t5, clip, tokenizers
@@ -76,24 +79,28 @@ class FluxPipeline:
         vae_tiling: str = "auto",
     ) -> "FluxPipeline":
         """A checkpoint's folder, or an alias of `flux_jax.checkpoint`. dtype: of weights and activations; "auto" is
-        bfloat16 on a GPU and float32 on a CPU, where it is both faster and exact. mesh: the weights are replicated
-        over it. offload, vae_tiling: how to save the device's memory, see `__init__`. Raises UserError for what is no
-        readable checkpoint, and where the device is too small for it."""
+        bfloat16 on a GPU and float32 on a CPU, where it is both faster and exact. mesh: the transformer is split
+        over it, see `flux_jax.placement`; other parts are on one device of each process. offload, vae_tiling: how to
+        save the device's memory, see `__init__`. Raises UserError for what is no readable checkpoint, and where the
+        device is too small for it."""
         stored, dtype = Checkpoint.open(path_or_alias), resolve_dtype(dtype)
         if stored.quantization is not None and not stored.quantization["distilled"]:
             warnings.warn(f"The weights of {path_or_alias} were rounded, not distilled: expect noise.", stacklevel=2)
         tokenizers = Tokenizers.load(stored.tokenizers, stored.config)
-        place, parts = mesh if offload == "none" else host(), {}
+        place, parts = None if offload == "none" else host(), {}
         for part in PARTS:
             try:
-                # pyrefly: ignore[bad-specialization] - it takes the mesh for a function, as a mesh can be a decorator
-                parts[part] = stored.load(part, dtype=dtype, sharding=place)
+                if part == "transformer" and mesh is not None:
+                    parts[part] = placement.load(stored, mesh, dtype)
+                else:
+                    parts[part] = stored.load(part, dtype=dtype, sharding=place)
             except (MemoryError, RuntimeError) as error:
                 if not memory.is_exhausted(error):
                     raise
                 flags = ["--offload layers"] if offload == "none" else []
                 raise memory.exhausted(f"loading the {part}", flags) from error
-        return cls(stored.config, tokenizers=tokenizers, dtype=dtype, offload=offload, vae_tiling=vae_tiling, **parts)
+        memory_flags = {"offload": offload, "vae_tiling": vae_tiling}
+        return cls(stored.config, tokenizers=tokenizers, dtype=dtype, mesh=mesh, **memory_flags, **parts)
 
     def free_encoders(self) -> None:
         """Drops T5 and CLIP from memory. Prompts of the last call, and embeddings given as arguments, still work."""
@@ -130,7 +137,7 @@ class FluxPipeline:
         num_inference_steps: int | None = None,
         guidance_scale: int | float | None = None,
         num_images_per_prompt: int = 1,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         latents: Any = None,
         prompt_embeds: Any = None,
         pooled_prompt_embeds: Any = None,
@@ -142,7 +149,8 @@ class FluxPipeline:
     ) -> Output:
         """Draws `num_images_per_prompt` pictures of each prompt; what is None is the model's own default.
 
-        seed: picture i of the call uses seed + i, alone or in any batch (None: drawn at random). latents: noise
+        seed: picture i of the call uses seed + i, alone or in any batch (None: drawn at random); a list has the seed
+        of each. latents: noise
         float32 [b, i, c] instead of it. prompt_embeds [b, t, d] with pooled_prompt_embeds [b, p]: instead of prompts.
         true_cfg_scale above 1: classifier-free guidance against `negative_prompt` ("" where None), at twice the time.
         callback_on_step_end(pipe, step, timestep in (0, 1000], {"latents", "denoised"}: numpy float32 [1, i, c]) runs
@@ -176,29 +184,20 @@ class FluxPipeline:
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}.")
         conditions = [c for c in conditions for _ in range(num_images_per_prompt)]
-        first = inputs.random_seed() if seed is None else seed
-        seeds = [first + i if seed is not None else (first + i) % inputs.SEED_LIMIT for i in range(len(conditions))]
-        inputs.check_seeds(seeds)
+        seeds = inputs.seeds_of(seed, len(conditions))
 
         rows, columns = height // self.config.pixels_per_token, width // self.config.pixels_per_token
         noise = self._given_noise(latents, len(conditions), rows, columns)
         sigmas = sampling.sigmas(defaults, steps, rows * columns)
-        drawn: list[Any] = []
-        transformer = stages.lend(self.transformer)
-        for i, (text, pooled) in enumerate(conditions):
-            if noise is not None:
-                x = noise[i]
-            else:
-                channels = self.config.vae.latent_channels
-                x = stages.run("denoise", denoise.noise, np.uint32(seeds[i]), rows, columns, channels)
-            steering = denoise.Conditions(
-                text, pooled, jnp.asarray(guidance, jnp.float32), jnp.asarray(true_cfg_scale, jnp.float32),
-                self._rope(rows, columns, text.shape[1]),
-            )  # fmt: skip
-            drawn.append(self._denoise(stages, transformer, x, sigmas, steering, callback_on_step_end, seeds[i]))
-            if self.interrupt:
-                break
-        del transformer
+        if noise is None:
+            size = rows, columns, self.config.vae.latent_channels
+            noise = [stages.run("denoise", denoise.noise, np.uint32(each), *size) for each in seeds]
+        scales = jnp.asarray(guidance, jnp.float32), jnp.asarray(true_cfg_scale, jnp.float32)
+        steering = [
+            denoise.Conditions(text, pooled, *scales, self._rope(rows, columns, text.shape[1]))
+            for text, pooled in conditions
+        ]
+        drawn = self._draw(stages, noise, sigmas, steering, callback_on_step_end, seeds)
         if output_type != "latent":
             drawn = stages.decode(self.vae, drawn, rows, columns)
         stacked = np.stack(drawn)
@@ -242,6 +241,29 @@ class FluxPipeline:
                 for (text, pool), (no_text, no_pool) in zip(pairs, against, strict=True)
             ]
         return pairs
+
+    def _draw(self, stages: Stages, noise, sigmas, steering, callback: Callback | None, seeds: list[int]) -> list[Any]:
+        """Latents [i, c] of each picture, up to an interruption: one after the other, or as many as the mesh takes."""
+        drawn: list[Any] = []
+        if self.spread is None:
+            transformer = stages.lend(self.transformer)
+            for x, conditions, seed in zip(noise, steering, seeds, strict=True):
+                drawn.append(self._denoise(stages, transformer, x, sigmas, conditions, callback, seed))
+                if self.interrupt:
+                    break
+            return drawn
+        if callback is not None:
+            raise UserError("callback_on_step_end needs a model on one device; leave out the mesh.")
+        steps, width = len(sigmas) - 1, self.spread.width
+        for i in range(0, len(seeds), width):
+            group = slice(i, i + width)
+            latents, finite = self.spread.draw(stages.run, noise[group], sigmas, steering[group])
+            stages.seconds["steps"] += steps
+            for each, seed in zip(finite, seeds[group], strict=True):
+                if not each.all():
+                    self._not_finite(int(each.argmin()), steps, seed)
+            drawn += latents
+        return drawn
 
     def _denoise(self, stages, transformer, x, sigmas, conditions, callback: Callback | None, seed: int) -> jax.Array:
         """Noise [i, c] -> latents [i, c]: one program, or the same step driven from here when somebody listens."""

@@ -93,7 +93,7 @@ class SingleBlock(nnx.Module):
         self, x: Float[Array, "b t d"], mod: Float[Array, "b 3*d"], rope: Float[Array, "2 t half"]
     ) -> Float[Array, "b t d"]:
         shift, scale, gate = jnp.split(mod, 3, -1)
-        qkv, mlp = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * x.shape[-1]], axis=-1)
+        qkv, mlp = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * self.config.hidden_size], axis=-1)
         q, k, v = heads(qkv, self.config, 3)
         attended = attention(self.query_norm(q), self.key_norm(k), v, rope)
         joined = jnp.concatenate([attended, jax.nn.gelu(mlp, approximate=True)], axis=-1)

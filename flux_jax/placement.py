@@ -1,0 +1,208 @@
+"""A model on several devices: pictures side by side on the axis `data`, one picture's transformer split over `model`.
+
+In: a mesh such as `data=2,model=4`, a checkpoint. Out: a transformer whose weights lie in shards, and the denoising
+program for as many pictures at once as `data` has places. Each device runs the program of one picture on a FLUX with
+fewer heads: projections into heads and MLP are split by rows, those back into the residual stream by columns, so that
+one sum of activations per projection is all that devices exchange inside a step (Megatron-LM, arXiv 1909.08053). No
+weight ever leaves its device. Modulation is split by rows, computed before the loop and gathered once.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from flux_jax import denoise
+from flux_jax.checkpoint import Checkpoint
+from flux_jax.config import TransformerConfig
+from flux_jax.errors import UserError
+from flux_jax.parts import dotted
+from pallas_kernels.packing import TILE
+
+PATIENCE = 60  # seconds without a sign of life until other processes count as gone
+AXES = ("data", "model")
+LAYER = re.compile(r"(?:double_blocks|single_blocks)(?:\.\d+)?\.(?:(?:img|txt)\.)?(\w+)\.(weight|packed|scale|bias)")
+BY_ROWS, BY_COLUMNS = ("qkv", "mlp_in", "linear1", "mod"), ("proj", "mlp_out", "linear2")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`data=2,model=4` as {"data": 2, "model": 4}; an axis that is not named has one place."""
+    found = re.findall(r"(data|model)=([1-9]\d*)", text)
+    if not found or ",".join(f"{axis}={count}" for axis, count in found) != text or len(dict(found)) != len(found):
+        raise UserError(f"--mesh must read data=N,model=M, such as data=2,model=4, not {text!r}.")
+    return {axis: int(dict(found).get(axis, 1)) for axis in AXES}
+
+
+def make_mesh(shape: dict[str, int], config: TransformerConfig) -> Mesh:
+    """All devices, of all processes, as a mesh. UserError where their number, or the model's heads, do not fit."""
+    count, devices = shape["data"] * shape["model"], jax.device_count()
+    if count != devices:
+        raise UserError(f"--mesh has {count} places and JAX finds {devices} devices; the two must be equal.")
+    check_heads(config, shape["model"])
+    return jax.make_mesh((shape["data"], shape["model"]), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def check_heads(config: TransformerConfig, model: int) -> None:
+    if config.num_heads % model:
+        raise UserError(f"--mesh model={model} does not divide the transformer's {config.num_heads} heads.")
+
+
+def spec(path: str) -> PartitionSpec:
+    """How a stacked leaf [L, n, k] or [L, n] of the transformer lies on the axis `model`."""
+    match = LAYER.fullmatch(path)
+    if match is None:
+        return PartitionSpec()
+    layer, kind = match.groups()
+    if layer in BY_ROWS:
+        return PartitionSpec(None, "model")
+    if layer in BY_COLUMNS and kind in ("weight", "packed"):
+        return PartitionSpec(None, None, "model")
+    return PartitionSpec()
+
+
+def arrange(config: TransformerConfig, model: int, name: str, weight: np.ndarray) -> np.ndarray:
+    """A layer's weight with its rows, or columns, in the order of shards: each shard's part of every projection that
+    is joined in the matrix (queries, keys, values; the MLP) lies together. UserError for packed codes that would have
+    to be taken apart."""
+    match = LAYER.fullmatch(name)
+    if match is None or model == 1:
+        return weight
+    (layer, kind), d = match.groups(), config.hidden_size
+    if layer in ("qkv", "linear1"):
+        return np.take(weight, _interleaved([d] * 3 + [config.mlp_dim] * (layer == "linear1"), model), axis=0)
+    if layer not in BY_COLUMNS or kind not in ("weight", "packed"):
+        return weight
+    if kind == "packed" and d % (model * TILE):
+        raise UserError(
+            f"--mesh model={model}: ternary weights are split in tiles of {TILE}, and {d} / {model} is no multiple."
+        )
+    if layer != "linear2":
+        return weight
+    codes = 1 if kind == "weight" else 4  # in a column
+    return np.take(weight, _interleaved([d // codes, config.mlp_dim // codes], model), axis=1)
+
+
+def _interleaved(parts: Sequence[int], model: int) -> np.ndarray:
+    """Indices that put the m-th share of each of the joined parts together, for m = 0, 1, ..."""
+    starts = np.cumsum([0, *parts[:-1]])
+    shares = [np.arange(start, start + size).reshape(model, -1) for start, size in zip(starts, parts, strict=True)]
+    return np.concatenate(shares, axis=1).ravel()
+
+
+class Summed(nnx.Module):
+    """A linear split by columns: the devices' partial products are added, then the bias once."""
+
+    def __init__(self, linear: Any):
+        self.bias, linear.bias = linear.bias, None
+        self.linear = linear
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        y = jax.lax.psum(self.linear(x), "model")
+        return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + self.bias[...].shape)
+
+
+class Gathered(nnx.Module):
+    """A linear split by rows whose outputs every device wants whole."""
+
+    def __init__(self, linear: Any):
+        self.linear = linear
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        y = self.linear(x)
+        return jax.lax.all_gather(y, "model", axis=y.ndim - 1, tiled=True)
+
+
+def split(transformer: nnx.Module, model: int) -> nnx.Module:
+    """The transformer as one device of `model` sees it inside `jax.shard_map`; its leaves are shared."""
+    whole = transformer.config
+    if model == 1:
+        return transformer
+    local = nnx.merge(*nnx.split(transformer))
+    fewer = dataclasses.replace(whole, hidden_size=whole.hidden_size // model, num_heads=whole.num_heads // model)
+    blocks = (local.double_blocks.img, local.double_blocks.txt, local.single_blocks)
+    for block in blocks:
+        block.config = fewer
+        block.mod = Gathered(block.mod)
+        for name in BY_COLUMNS:
+            if hasattr(block, name):
+                setattr(block, name, Summed(getattr(block, name)))
+    return local
+
+
+def load(stored: Checkpoint, mesh: Mesh, dtype: Any = None) -> nnx.Module:
+    """The transformer of a checkpoint, each weight in shards on the mesh."""
+    config, model = stored.config.transformer, mesh.shape["model"]
+
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(mesh, spec(path))
+
+    order = functools.partial(arrange, config, model)
+    return split(stored.load("transformer", dtype=dtype, sharding=place, arrange=order), model)
+
+
+def abstract(transformer: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """The same of an abstract transformer, for programs that are only compiled."""
+    definition, state = nnx.split(transformer)
+    placed = [
+        (path, v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, spec(dotted(path))))))
+        for path, v in nnx.to_flat_state(state)
+    ]
+    return split(nnx.merge(definition, nnx.from_flat_state(placed)), mesh.shape["model"])
+
+
+class Spread:
+    """`denoise` for a transformer on a mesh: one jitted program for `width` pictures."""
+
+    def __init__(self, transformer: nnx.Module, mesh: Mesh):
+        self.mesh, self.width = mesh, mesh.shape["data"]
+        self.leaves, structure = jax.tree.flatten(transformer)
+        weights, each, same = [leaf.sharding.spec for leaf in self.leaves], PartitionSpec("data"), PartitionSpec()
+
+        def one(leaves, latents, sigmas, conditions):
+            mine = jax.tree.map(lambda x: x[0], (latents, conditions))
+            x, finite = denoise.denoise(jax.tree.unflatten(structure, leaves), mine[0], sigmas, mine[1])
+            return x[None], finite[None]
+
+        spread = jax.shard_map(
+            one, mesh=mesh, in_specs=(weights, each, same, each), out_specs=(each, each), check_vma=False
+        )
+        # Whole on every device: each process can read all pictures.
+        self.denoise = jax.jit(spread, out_shardings=NamedSharding(mesh, same))
+
+    def place(self, pictures: Sequence[Any]) -> Any:
+        """Arrays, or trees of them, of `width` pictures, stacked and put each where it is drawn."""
+
+        def put(*arrays: Any) -> jax.Array:
+            stacked = np.stack([np.asarray(array) for array in arrays])
+            where = NamedSharding(self.mesh, PartitionSpec("data"))
+            return jax.make_array_from_callback(stacked.shape, where, stacked.__getitem__)
+
+        return jax.tree.map(put, *pictures)
+
+    def draw(
+        self, run: Callable, latents: Sequence[Any], sigmas: np.ndarray, conditions: Sequence[denoise.Conditions]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Final latents [i, c] of up to `width` pictures, and whether each step was finite. run: as `Stages.run`."""
+        fill = self.width - len(latents)  # places without a picture draw the last one again
+        x, steering = ([*items, *[items[-1]] * fill] for items in (latents, conditions))
+        drawn, finite = run("denoise", self.denoise, self.leaves, self.place(x), sigmas, self.place(steering))
+        count = len(latents)
+        return list(np.asarray(drawn)[:count]), list(np.asarray(finite)[:count])
+
+
+def join(address: str, processes: int, process: int) -> None:
+    """Makes this process number `process` of `processes`, which find each other at HOST:PORT of the first: from here on
+    JAX sees the devices of all. Call it before JAX is used. UserError where they do not find each other."""
+    try:
+        jax.distributed.initialize(
+            address, processes, process, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=PATIENCE
+        )
+    except RuntimeError as error:
+        raise UserError(f"Process {process} of {processes} found no others at {address} in {PATIENCE} s.") from error
