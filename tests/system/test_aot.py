@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 PRESENT = any(map(importlib.util.find_spec, aot.PLUGINS))
 needs_plugin = pytest.mark.skipif(not PRESENT, reason="needs JAX's CUDA plugin (the extra aot)")
 
-# All compiling in one process of its own, in which JAX starts as `flux_jax.aot` wants it to. The product is traced for the
-# CPU first: what was traced for one device must not be taken for another.
+# All compiling in one process of its own, in which JAX starts as `flux_jax.aot` wants it to. The product is traced for
+# the CPU first: what was traced for one device must not be taken for another.
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -27,11 +27,17 @@ import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from flux_jax import aot
 from flux_jax.models.attention import attention
-from pallas_kernels import ternary_matmul
+from pallas_kernels import current_target, ternary_matmul
 
 shape = jax.ShapeDtypeStruct
 token, packed = shape((256, 128), jnp.bfloat16), shape((384, 32), jnp.uint8)
-product = jax.jit(lambda x, packed, scale: ternary_matmul(x, packed, scale, activations="int8"))
+traced = []
+
+@jax.jit
+def product(x, packed, scale):
+    traced.append(current_target().name)
+    return ternary_matmul(x, packed, scale, activations="int8")
+
 product.lower(token, packed, shape((384,), jnp.float32))
 found = {}
 for name in sys.argv[2:]:
@@ -41,6 +47,7 @@ for name in sys.argv[2:]:
     found[name] = {
         "arguments": memory.argument_size_in_bytes,
         "output": memory.output_size_in_bytes,
+        "traced": traced[-1],
         "triton": "triton" in compiled.as_text(),
         "ptx": "".join(path.read_text() for path in dump.glob("*.ptx")),
     }
@@ -67,6 +74,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize(("name", "target", "product"), [("h100", "sm_90a", "wgmma"), ("a10", "sm_86", "mma.sync")])
 def test_programs_are_meant_for_the_gpu_named(found, name, target, product):
     program = found[name]
+    assert program["traced"] == aot.target(name).kind
     assert program["triton"]  # and not XLA's product, which the host would have got
     assert f".target {target}" in program["ptx"]
     assert product in program["ptx"]
