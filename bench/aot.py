@@ -10,7 +10,6 @@ How: XLA's dump of the compiled program holds the PTX and the kernel's shared me
 """
 
 import dataclasses
-import functools
 import importlib.util
 import os
 import re
@@ -30,8 +29,8 @@ from bench.products import shapes
 from flux_jax import aot
 from flux_jax.config import dev
 from flux_jax.errors import UserError
-from pallas_kernels import Target, packed_width
-from pallas_kernels.settings import Settings, choose_settings
+from pallas_kernels import Target, fused, packed_width
+from pallas_kernels.settings import choose_settings
 
 GPUS = ("a10", "a100", "h100", "l20")
 ROWS = (4608, 1)  # tokens of a 1024 x 1024 picture and its text; the modulation of one step
@@ -113,25 +112,47 @@ def alu_per_mma(sass: str) -> float | None:
     return max(loops)[1] if loops else None
 
 
-def product(settings: Settings, *args: Any) -> Any:
+def kernels(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterator[Case]:
+    """Every ternary product of FLUX (or those with n, k `wanted`) with the settings that it gets on this GPU, and the
+    fused kernels."""
     from pallas_kernels import triton  # deprecated in JAX: only who asks for its code needs it
 
-    return triton.matmul(*args, settings=settings, out_dtype=jnp.bfloat16)
-
-
-def products(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterator[Case]:
-    """Every ternary product of FLUX (or those with n, k `wanted`) with the settings that it gets on this GPU."""
-    described = aot.target(gpu)
+    described, config = aot.target(gpu), dev()
     target = Target("gpu", "{}.{}".format(*described.architecture.compute_capability), described.kind)
-    array = jax.ShapeDtypeStruct
-    for n, k in wanted or shapes(dev()):
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def product(name: str, m: int, n: int, k: int, operand: str, epilogue: Any = None) -> Case:
+        settings = fused.epilogue_settings(choose_settings(target, m, n, k, operand), epilogue)
+        out_dtype = jnp.int8 if isinstance(epilogue, fused.GeluQuantize) else jnp.bfloat16
+        extra = [part for part in epilogue or () if isinstance(part, jax.ShapeDtypeStruct)]
+        constants = tuple(epilogue or ())[len(extra) :]
+
+        def function(*args: Any) -> Any:
+            whole = epilogue and type(epilogue)(*args[5:], *constants)
+            return triton.matmul(*args[:5], settings=settings, out_dtype=out_dtype, epilogue=whole)
+
+        row_scale = array(jnp.float32, m) if operand == "int8" else None
+        weights = array(jnp.uint8, n, packed_width(k)), array(jnp.float32, n), array(jnp.bfloat16, n)
+        labels = {"kernel": name, "m": m, "n": n, "k": k, "operand": operand} | dataclasses.asdict(settings)
+        return Case(labels, function, (array(operand, m, k), row_scale, *weights, *extra))
+
+    for n, k in wanted or shapes(config):
         for m in ROWS:
-            for operand in TYPES:
-                settings = choose_settings(target, m, n, k, operand)
-                row_scale = array((m,), jnp.float32) if operand == "int8" else None
-                weights = array((n, packed_width(k)), jnp.uint8), array((n,), jnp.float32), array((n,), jnp.bfloat16)
-                labels = {"kernel": "matmul", "m": m, "n": n, "k": k, "operand": operand} | dataclasses.asdict(settings)
-                yield Case(labels, functools.partial(product, settings), (array((m, k), operand), row_scale, *weights))
+            yield from (product("matmul", m, n, k, operand) for operand in TYPES)
+    m, model = ROWS[0], config.transformer
+    d, hidden, head = model.hidden_size, model.mlp_dim, model.head_dim
+    tokens, vector, norm = array(jnp.bfloat16, m, d), array(jnp.bfloat16, d), array(jnp.bfloat16, head)
+    yield Case(
+        {"kernel": "norm, modulate, int8", "m": m, "n": d}, triton.norm_modulate_quantize, (tokens, vector, vector)
+    )
+    for k in (d, hidden, d + hidden):
+        yield product("matmul, gate, residual", m, d, k, "int8", fused.GatedResidual(vector, tokens))
+    for n in (3 * d, 3 * d + hidden):
+        rope = array(jnp.float32, 2, m, head // 2)
+        yield product("matmul, norm, rotary", m, n, d, "int8", fused.NormRotary(norm, norm, rope, d))
+    yield product("matmul, gelu, int8", m, hidden, d, "int8", fused.GeluQuantize(array(jnp.float32)))
 
 
 def faults(gpu: str, case: Case, code: Code) -> list[str]:
@@ -165,7 +186,7 @@ def blocks(gpu: str, code: Code) -> int:
 
 def measure(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterator[dict[str, Any]]:
     """The figures of every kernel on one GPU."""
-    for case in products(gpu, wanted):
+    for case in kernels(gpu, wanted):
         report.say(f"{gpu}: {' '.join(str(value) for value in case.labels.values())}")
         code = inspect(gpu, case)
         extra = {"blocks_per_multiprocessor": blocks(gpu, code), "faults": faults(gpu, case, code)}
@@ -173,10 +194,11 @@ def measure(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterat
 
 
 def line(row: dict[str, Any]) -> list[Any]:
-    tile = "x".join(str(row[f"block_{axis}"]) for axis in "mnk") + f" w{row['num_warps']} s{row['num_stages']}"
+    tile = "x".join(str(row[f"block_{axis}"]) for axis in "mnk") if "block_m" in row else None
+    tile = tile and f"{tile} w{row['num_warps']} s{row['num_stages']}"
     names = [name.replace("wgmma.mma_async", "wgmma").replace(".sync.aligned", "") for name in row["mma"]]
     mma = " ".join(sorted({re.sub(r"\.(row|col|satfinite)", "", name) for name in names})) or None
-    labels = [row["gpu"], row["kernel"], *(row[axis] for axis in "mnk"), row["operand"], tile]
+    labels = [row["gpu"], row["kernel"], *map(row.get, ("m", "n", "k", "operand")), tile]
     code = [row["registers"], row["spilled_bytes"], f"{row['shared_bytes'] / 1024:.0f}"]
     alu = None if row["alu_per_mma"] is None else round(row["alu_per_mma"], 1)
     return [*labels, *code, row["blocks_per_multiprocessor"], mma, alu, ", ".join(row["faults"]) or "ok"]

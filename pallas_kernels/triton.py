@@ -10,19 +10,24 @@ no conversion. The weights are the left operand of the product, W x^T, because o
 instruction may come from registers; the tile is turned round once, when it is stored.
 """
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Float, Int, Int8, Num, UInt8
 
+from pallas_kernels import fused, reference
 from pallas_kernels.packing import PLANE, TILE
 from pallas_kernels.settings import Settings
 
 _GROUP = 8  # token tiles whose programs run side by side, so that they find each other's weights in the L2 cache
 PLANES = TILE // PLANE
+NORM_ROWS, NORM_PIECE = 4, 1024  # tokens that a program of the norm holds, and channels that it takes at once
 
 
 def unit(dtype: DTypeLike) -> int:
@@ -65,12 +70,25 @@ def unpack_plane(packed: UInt8[Array, "n b"], plane: int, dtype: DTypeLike, *, i
     return codes
 
 
-def _tile(rows: int, columns: int) -> tuple[Array, Array]:
+def _position(rows: int, columns: int) -> tuple[Array, Array]:
     """Which tile of a grid of [rows, columns] tiles this program computes: down a group of rows, then to the right."""
     program = pl.program_id(0)
     group, inside = lax.div(program, _GROUP * columns), lax.rem(program, _GROUP * columns)
     height = jnp.minimum(rows - group * _GROUP, _GROUP)
     return group * _GROUP + lax.rem(inside, height), lax.div(inside, height)
+
+
+class Tile(NamedTuple):
+    """Where a program's outputs lie. real_rows, real_columns: which of them there are, None where all are."""
+
+    rows: Any
+    columns: Any
+    real_rows: Array | None
+    real_columns: Array | None
+
+    @property
+    def mask(self) -> Array | None:
+        return _both(self.real_rows, self.real_columns)
 
 
 def _within(start, size: int, limit: int):
@@ -98,55 +116,134 @@ def _load(ref, mask=None):
     return plt.load(ref) if mask is None else plt.load(ref, mask=mask, other=0)
 
 
-def _matmul_kernel(layer, x, row_scale, packed, scale, bias, out, *, settings: Settings, interpret: bool):
+def _matmul_kernel(layer, x, row_scale, packed, scale, bias, *refs, settings: Settings, interpret: bool, finish):
     """One tile of block_m tokens times block_n channels; refs lie in global memory, None where there is no operand."""
     m, (n, width) = x.shape[0], packed.shape[-2:]
     block_m, block_n, bytes_ = settings.block_m, settings.block_n, settings.block_k // PLANES
-    row, column = _tile(pl.cdiv(m, block_m), pl.cdiv(n, block_n))
+    row, column = _position(pl.cdiv(m, block_m), pl.cdiv(n, block_n))
     row, column = row * block_m, column * block_n
-    rows, columns = pl.ds(row, block_m), pl.ds(column, block_n)
-    real_rows, real_columns = _within(row, block_m, m), _within(column, block_n, n)
+    tile = Tile(pl.ds(row, block_m), pl.ds(column, block_n), _within(row, block_m, m), _within(column, block_n, n))
+    *extra, out = refs
     stack = () if layer is None else (layer[0],)
     total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
     def step(i, sums):
         start = i * bytes_
         real_bytes = _within(start, bytes_, width)
-        w = _load(packed.at[*stack, columns, pl.ds(start, bytes_)], _both(real_columns, real_bytes))
+        w = _load(packed.at[*stack, tile.columns, pl.ds(start, bytes_)], _both(tile.real_columns, real_bytes))
         for plane in range(PLANES):
-            tokens = _load(x.at[_activations(row, block_m, start, bytes_, plane)], _both(real_rows, real_bytes))
+            tokens = _load(x.at[_activations(row, block_m, start, bytes_, plane)], _both(tile.real_rows, real_bytes))
             codes = unpack_plane(w, plane, x.dtype, interpret=interpret)
             sums += lax.dot_general(codes, tokens, (((1,), (1,)), ((), ())), preferred_element_type=total)
         return sums
 
     sums = lax.fori_loop(0, pl.cdiv(width, bytes_), step, jnp.zeros((block_n, block_m), total))
-    values = sums.astype(jnp.float32) * (_load(scale.at[*stack, columns], real_columns) / unit(x.dtype))[:, None]
+    values = (
+        sums.astype(jnp.float32) * (_load(scale.at[*stack, tile.columns], tile.real_columns) / unit(x.dtype))[:, None]
+    )
     if row_scale is not None:
-        values *= _load(row_scale.at[rows], real_rows)[None, :]
+        values *= _load(row_scale.at[tile.rows], tile.real_rows)[None, :]
     if bias is not None:
-        values += _load(bias.at[*stack, columns], real_columns).astype(jnp.float32)[:, None]
-    plt.store(out.at[rows, columns], values.T.astype(out.dtype), mask=_both(real_rows, real_columns))
+        values += _load(bias.at[*stack, tile.columns], tile.real_columns).astype(jnp.float32)[:, None]
+    values = finish(extra, values, tile)
+    plt.store(out.at[tile.rows, tile.columns], values.astype(out.dtype), mask=tile.mask)
 
 
-def _launch(kernel, operands: dict[str, Array | None], out: jax.ShapeDtypeStruct, grid: int, settings, interpret: bool):
+def _finish(refs, values, tile: Tile, *, kind: type | None, width: int, dtype: DTypeLike, interpret: bool):
+    """A tile [block_n, block_m] turned round, with the epilogue `kind` of `pallas_kernels.fused`, whose operands lie in
+    `refs`. What can be done before the turn is: it takes fewer registers there."""
+    if kind is None:
+        return values.T
+    if kind is fused.GatedResidual:
+        gate, residual = refs
+        gated = (values * _load(gate.at[tile.columns], tile.real_columns).astype(jnp.float32)[:, None]).T
+        return _load(residual.at[tile.rows, tile.columns], tile.mask).astype(jnp.float32) + gated
+    if kind is fused.GeluQuantize:
+        (step,) = refs
+        return _round(jax.nn.gelu(values, approximate=True) / step[0], interpret=interpret).T
+    query, key, rope = refs
+    half, start = rope.shape[-1], tile.columns.start
+
+    def turn(values):
+        # In the output's dtype, as an unfused model rounds it: a float32 tile with its angles would spill.
+        head = values.T.astype(dtype)
+        weight = jnp.where(start < width, plt.load(query.at[:]), plt.load(key.at[:])).astype(jnp.float32)
+        square = jnp.square(head.astype(jnp.float32)).sum(-1, keepdims=True)
+        norm = lax.rsqrt(square / (2 * half) + fused.EPS)
+        head = (head.astype(jnp.float32) * norm * weight[None]).astype(dtype)
+        pairs = lax.unstack(head.reshape(-1, half, 2), axis=-1)
+        even, odd = (part.astype(jnp.float32) for part in pairs)
+        sines = pl.ds(tile.rows.start + rope.shape[0] // 2, tile.rows.size)
+        cos, sin = (_load(rope.at[part, :], _both(tile.real_rows, None)) for part in (tile.rows, sines))
+        turned = lax.stack([(even * cos - odd * sin).astype(dtype), (even * sin + odd * cos).astype(dtype)], axis=-1)
+        return turned.reshape(head.shape)
+
+    return lax.cond(start < 2 * width, turn, lambda values: values.T.astype(dtype), values)
+
+
+def _round(values, *, interpret: bool):
+    """To int8 in -127..127, halves to even, which Triton has no operation for."""
+    values = jnp.clip(values, -127.0, 127.0)
+    if interpret:
+        return jnp.round(values).astype(jnp.int8)
+    like = jax.ShapeDtypeStruct(values.shape, jnp.float32)
+    options = {"constraints": "=f,f", "pack": 1, "result_shape_dtypes": [like]}
+    return plt.elementwise_inline_asm("cvt.rni.f32.f32 $0, $1;", args=[values], **options)[0].astype(jnp.int8)
+
+
+def _norm_modulate_quantize_kernel(x, shift, scale, q, row_scale, *, interpret: bool):
+    """Some rows of tokens, in pieces of channels that stay in registers from the norm to the rounding."""
+    (m, d), row = x.shape, pl.program_id(0) * NORM_ROWS
+    rows, real_rows = pl.ds(row, NORM_ROWS), _within(row, NORM_ROWS, m)
+    mask = _both(real_rows, None)
+    pieces, start = [], 0
+    while start < d:
+        pieces.append(pl.ds(start, min(NORM_PIECE, 1 << (d - start).bit_length() - 1)))
+        start += pieces[-1].size
+
+    def total(parts):
+        return functools.reduce(jnp.add, (part.sum(-1) for part in parts))[:, None]
+
+    def channels(ref, piece):
+        return plt.load(ref.at[piece]).astype(jnp.float32)[None]
+
+    parts = [_load(x.at[rows, piece], mask).astype(jnp.float32) for piece in pieces]
+    mean = total(parts) / d
+    parts = [part - mean for part in parts]
+    norm = lax.rsqrt(total([part * part for part in parts]) / d + fused.EPS)
+    modulated = zip(parts, pieces, strict=True)
+    parts = [part * norm * (1 + channels(scale, piece)) + channels(shift, piece) for part, piece in modulated]
+    largest = functools.reduce(jnp.maximum, (jnp.abs(part).max(-1) for part in parts))
+    largest = jnp.maximum(largest, reference.SMALLEST)
+    # A GPU's maximum passes over NaN, which must reach the scale: a sum does not.
+    plt.store(row_scale.at[rows], largest / 127 + 0 * total(parts)[:, 0], mask=real_rows)
+    for part, piece in zip(parts, pieces, strict=True):
+        whole = _round(part * (127 / largest)[:, None], interpret=interpret)
+        plt.store(q.at[rows, piece], whole, mask=mask)
+
+
+def _launch(
+    kernel: functools.partial, operands: list[Array | None], out: Any, grid: int, interpret: bool, **compiler: int
+):
     """Runs `kernel` over whole operands in global memory; an operand that is None reaches the kernel as None."""
-    names = [name for name, operand in operands.items() if operand is not None]
+    given = [operand for operand in operands if operand is not None]
 
     def body(*refs):
-        given = dict(zip(names, refs, strict=False))
-        kernel(*(given.get(name) for name in operands), refs[-1], settings=settings, interpret=interpret)
+        left = iter(refs)
+        inputs = [None if operand is None else next(left) for operand in operands]
+        kernel(*inputs, *left)
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         body,
         out_shape=out,
         grid=(grid,),
-        in_specs=[anywhere] * len(names),
-        out_specs=anywhere,
-        compiler_params=plt.CompilerParams(num_warps=settings.num_warps, num_stages=settings.num_stages),
+        in_specs=[anywhere] * len(given),
+        out_specs=jax.tree.map(lambda _: anywhere, out),
+        compiler_params=plt.CompilerParams(**compiler),
         interpret=interpret,
-        name=kernel.__name__.strip("_"),
-    )(*(operands[name] for name in names))
+        name=kernel.func.__name__.removeprefix("_").removesuffix("_kernel"),
+    )(*given)
 
 
 def matmul(
@@ -159,22 +256,45 @@ def matmul(
     settings: Settings,
     out_dtype: DTypeLike,
     layer: Int[Array, ""] | None = None,
+    epilogue: fused.Epilogue | None = None,
     interpret: bool = False,
 ) -> Num[Array, "m n"]:
-    """x [m, k] times the transposed ternary weights, times their scale, plus the bias -> [m, n] in `out_dtype`.
+    """x [m, 4 kp] times the transposed ternary weights, times their scale, plus the bias -> [m, n] in `out_dtype`.
 
-    `packed`, `scale` and `bias` may be stacked layers, of which `layer` picks one where they lie. `interpret` runs the
-    kernel on any device.
+    `packed`, `scale` and `bias` may be stacked layers, of which `layer` picks one where they lie. `epilogue` is applied
+    to a tile before it is stored. `interpret` runs the kernel on any device. ValueError where x has other columns.
     """
-    n = packed.shape[-2]
-    grid = pl.cdiv(x.shape[0], settings.block_m) * pl.cdiv(n, settings.block_n)
-    operands = {
-        "layer": None if layer is None else layer.astype(jnp.int32)[None],
-        "x": x,
-        "row_scale": row_scale,
-        "packed": packed,
-        "scale": scale,
-        "bias": bias,
-    }
-    out = jax.ShapeDtypeStruct((x.shape[0], n), out_dtype)
-    return _launch(_matmul_kernel, operands, out, grid, settings, interpret)
+    (m, k), (n, kp) = x.shape, packed.shape[-2:]
+    if k != PLANES * kp:
+        raise ValueError(f"x is {list(x.shape)}: packed {list(packed.shape)} needs rows of {PLANES * kp}")
+    width = 0
+    if isinstance(epilogue, fused.NormRotary):
+        width = epilogue.width
+        if settings.block_n != len(epilogue.query):
+            raise ValueError(f"block_n is {settings.block_n}: expected {len(epilogue.query)}, one head of NormRotary")
+    extra = [jnp.atleast_1d(a) for a in epilogue or () if isinstance(a, jax.Array)]
+    extra = [a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a for a in extra]  # cosines, and then sines
+    options = {"kind": type(epilogue) if epilogue else None, "width": width, "dtype": out_dtype}
+    finish = functools.partial(_finish, **options, interpret=interpret)
+    layers = None if layer is None else layer.astype(jnp.int32)[None]
+    return _launch(
+        functools.partial(_matmul_kernel, settings=settings, interpret=interpret, finish=finish),
+        [layers, x, row_scale, packed, scale, bias, *extra],
+        jax.ShapeDtypeStruct((m, n), out_dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
+        pl.cdiv(m, settings.block_m) * pl.cdiv(n, settings.block_n),
+        interpret,
+        num_warps=settings.num_warps,
+        num_stages=settings.num_stages,
+    )
+
+
+def norm_modulate_quantize(
+    x: Float[Array, "m d"], shift: Float[Array, " d"], scale: Float[Array, " d"], *, interpret: bool = False
+) -> tuple[Int8[Array, "m d"], Float[Array, " m"]]:
+    """quantize_rows(layer_norm(x) * (1 + scale) + shift) -> int8 [m, d] and float32 [m]."""
+    (m, d), axes = x.shape, jax.typeof(x).manual_axis_type
+    out = [jax.ShapeDtypeStruct((m, d), jnp.int8, manual_axis_type=axes)]
+    out.append(jax.ShapeDtypeStruct((m,), jnp.float32, manual_axis_type=axes))
+    kernel = functools.partial(_norm_modulate_quantize_kernel, interpret=interpret)
+    q, row_scale = _launch(kernel, [x, shift, scale], out, pl.cdiv(m, NORM_ROWS), interpret, num_warps=8, num_stages=1)
+    return q, row_scale

@@ -1,0 +1,133 @@
+"""What stands before and behind FLUX's ternary products, in one kernel with them, for inference: no gradients.
+
+In: tokens [m, d] and their modulation, or activations that are quantized already, with packed weights. Out: int8
+activations with a scale per row; or the product after its epilogue, [m, n]. Each intermediate that is not written to
+memory saves a pass over some 28 to 113 MB per layer of a 1024 x 1024 picture (4608 tokens). Every function has an XLA
+twin here, which runs on any device; `pallas_kernels.triton` holds the kernels.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int, Int8, Num, UInt8
+
+from pallas_kernels import reference
+from pallas_kernels.settings import Settings, choose, choose_settings, current_target
+
+EPS = 1e-6  # of FLUX's norms
+
+
+class GatedResidual(NamedTuple):
+    """residual + gate * y: the way back into the residual stream, behind proj, mlp_out and linear2."""
+
+    gate: Float[Array, " n"]
+    residual: Float[Array, "m n"]
+
+
+class GeluQuantize(NamedTuple):
+    """gelu(y) / step, rounded to int8: the hidden layer of an MLP, for the next product. tanh's form of GELU.
+
+    `step` is one number for the whole layer, calibrated in advance: the largest value of a row is not known to a kernel
+    that sees a part of its channels.
+    """
+
+    step: Float32[Array, ""]
+
+
+class NormRotary(NamedTuple):
+    """RMSNorm and rotary embedding of each head of queries and keys: columns [q | k | anything else], behind qkv.
+
+    query, key: the norms' weights [h]; rope: cosines and sines [2, m, h / 2]; width: columns of q, and of k.
+    """
+
+    query: Float[Array, " h"]
+    key: Float[Array, " h"]
+    rope: Float32[Array, "2 m half"]
+    width: int
+
+
+Epilogue = GatedResidual | GeluQuantize | NormRotary
+
+
+def finish(y: Float32[Array, "m n"], epilogue: Epilogue | None) -> Float32[Array, "m n"]:
+    """The epilogue in plain JAX; whole numbers in -127..127 from GeluQuantize."""
+    match epilogue:
+        case None:
+            return y
+        case GatedResidual(gate, residual):
+            return residual.astype(jnp.float32) + gate.astype(jnp.float32)[None] * y
+        case GeluQuantize(step):
+            return jnp.clip(jnp.round(jax.nn.gelu(y, approximate=True) / step), -127, 127)
+        case NormRotary(query, key, rope, width):
+            parts = y[:, :width], y[:, width : 2 * width]
+            turned = [_norm_rotary(part, w, rope) for part, w in zip(parts, (query, key), strict=True)]
+            return jnp.concatenate([*turned, y[:, 2 * width :]], axis=1)
+
+
+def _norm_rotary(y: Float32[Array, "m w"], weight: Float[Array, " h"], rope: Float32[Array, "2 m half"]):
+    heads = y.reshape(len(y), -1, len(weight))
+    heads = heads * lax.rsqrt(jnp.square(heads).mean(-1, keepdims=True) + EPS) * weight.astype(jnp.float32)[None, None]
+    even, odd = jnp.unstack(heads.reshape(*heads.shape[:-1], -1, 2), axis=-1)
+    cos, sin = rope[:, :, None]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(y.shape)
+
+
+def epilogue_settings(settings: Settings, epilogue: Epilogue | None) -> Settings:
+    """The tile that a product gets with an epilogue: one head for NormRotary, at most 128 channels for the others, so
+    that registers suffice and, on a Hopper, a second tile multiplies while the first one ends."""
+    if epilogue is None:
+        return settings
+    most = len(epilogue.query) if isinstance(epilogue, NormRotary) else min(128, settings.block_n)
+    return dataclasses.replace(settings, block_n=most)
+
+
+def norm_modulate_quantize(
+    x: Float[Array, "m d"], shift: Float[Array, " d"], scale: Float[Array, " d"], *, implementation: str | None = None
+) -> tuple[Int8[Array, "m d"], Float32[Array, " m"]]:
+    """quantize_rows(layer_norm(x) * (1 + scale) + shift), in float32: adaptive layer norm in front of a product.
+
+    One kernel reads x once; XLA goes over it once for the norm, once for the largest value and once to round.
+    """
+    target = current_target()
+    if choose(implementation, target, len(x), "int8") == "triton":
+        from pallas_kernels import triton
+
+        return triton.norm_modulate_quantize(x, shift, scale, interpret=target.platform == "interpret")
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + EPS)
+    y = y * (1 + scale.astype(jnp.float32)[None]) + shift.astype(jnp.float32)[None]
+    return reference.quantize_rows(y)
+
+
+def fused_matmul(
+    x: Num[Array, "m k"],
+    row_scale: Float32[Array, " m"] | None,
+    packed: UInt8[Array, "*layers n kp"],
+    scale: Float32[Array, "*layers n"],
+    bias: Float[Array, "*layers n"] | None,
+    epilogue: Epilogue,
+    *,
+    out_dtype: DTypeLike = jnp.bfloat16,
+    layer: Int[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> Num[Array, "m n"]:
+    """(x @ codes.T) * row_scale[:, None] * scale + bias, then the epilogue -> [m, n]; int8 from GeluQuantize.
+
+    x has 4 kp columns, int8 with `row_scale` or floating without; `layer` picks one of the stacked weights.
+    """
+    target, (n, width) = current_target(), packed.shape[-2:]
+    out_dtype = jnp.int8 if isinstance(epilogue, GeluQuantize) else out_dtype
+    if choose(implementation, target, len(x), x.dtype.name) == "triton":
+        from pallas_kernels import triton
+
+        settings = epilogue_settings(choose_settings(target, len(x), n, 4 * width, x.dtype.name), epilogue)
+        options = {"settings": settings, "out_dtype": out_dtype, "interpret": target.platform == "interpret"}
+        return triton.matmul(x, row_scale, packed, scale, bias, layer=layer, epilogue=epilogue, **options)
+    layer = None if layer is None else layer.astype(jnp.int32)
+    y = reference.matmul(x, row_scale, packed, scale, bias, out_dtype=jnp.dtype(jnp.float32), layer=layer)
+    return finish(y, epilogue).astype(out_dtype)

@@ -1,0 +1,94 @@
+"""The fused kernels and their XLA twins against float64, on shapes with edges; NaN goes through."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import pack_ternary, triton
+from pallas_kernels.fused import EPS, GatedResidual, GeluQuantize, NormRotary, fused_matmul, norm_modulate_quantize
+from pallas_kernels.settings import Settings
+
+HEAD = 16
+TOLERANCE = 2e-5  # float32 sums and reciprocal roots, against float64
+
+
+def rng(*seed):
+    return np.random.default_rng(seed)
+
+
+def normalized(x, shift, scale):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * (1 + scale) + shift
+
+
+@pytest.mark.parametrize(("m", "d"), [(1, 64), (7, 96), (5, 1152)])
+def test_norm_modulate_quantize(m, d, implementation):
+    r = rng(m, d)
+    x, shift, scale = r.normal(3, 2, (m, d)), r.normal(size=d), r.normal(size=d) / 2
+    given = (jnp.asarray(a, jnp.float32) for a in (x, shift, scale))
+    q, row_scale = norm_modulate_quantize(*given, implementation=implementation)
+    want = normalized(x, shift, scale)
+    np.testing.assert_allclose(row_scale, np.abs(want).max(-1) / 127, rtol=TOLERANCE)
+    assert q.dtype == jnp.int8 and np.abs(q).max(-1).tolist() == [127] * m
+    ratio = want / np.asarray(row_scale, np.float64)[:, None]
+    assert np.abs(np.asarray(q, np.float64) - ratio).max() < 0.5 + 1e-3
+
+
+def test_a_row_that_is_not_finite_says_so_in_its_scale(implementation):
+    x = np.asarray(rng(1).normal(size=(4, 64)), np.float32)
+    x[1, 3], x[2, 5] = np.nan, np.inf
+    _, row_scale = norm_modulate_quantize(jnp.asarray(x), *jnp.zeros((2, 64)), implementation=implementation)
+    assert np.isfinite(row_scale).tolist() == [True, False, False, True]
+
+
+def product(m, n, k):
+    """Operands of an int8 product with int8-sized sums, and its value in float64."""
+    r = rng(m, n, k)
+    x, codes = r.integers(-127, 128, (m, k)).astype(np.int8), r.integers(-1, 2, (n, k)).astype(np.int8)
+    row_scale, scale = (r.uniform(0.5, 2, size).astype(np.float32) / 30 for size in (m, n))
+    bias = r.normal(size=n).astype(np.float32)
+    y = (x.astype(np.float64) @ codes.T) * row_scale[:, None] * scale + bias
+    return tuple(map(jnp.asarray, (x, row_scale, pack_ternary(codes), scale, bias))), y
+
+
+def test_gated_residual(implementation):
+    arguments, y = product(7, 40, 128)
+    gate, residual = rng(2).normal(size=40).astype(np.float32), rng(3).normal(size=(7, 40)).astype(np.float32)
+    epilogue = GatedResidual(jnp.asarray(gate), jnp.asarray(residual))
+    got = fused_matmul(*arguments, epilogue, out_dtype=jnp.float32, implementation=implementation)
+    np.testing.assert_allclose(got, residual + gate * y, rtol=TOLERANCE, atol=TOLERANCE * np.abs(y).max())
+
+
+def test_gelu_quantize(implementation):
+    arguments, y = product(7, 40, 128)
+    gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    step = np.float32(gelu.max() / 200)  # so that some values are beyond 127 steps
+    got = fused_matmul(*arguments, GeluQuantize(jnp.asarray(step)), implementation=implementation)
+    assert got.dtype == jnp.int8 and np.asarray(got).max() == 127
+    assert np.abs(np.asarray(got, np.float64) - np.clip(gelu / step, -127, 127)).max() < 0.5 + 1e-2
+
+
+@pytest.mark.parametrize("m", [7, 32])
+def test_norm_rotary(m, implementation):
+    width = 2 * HEAD
+    arguments, y = product(m, 3 * width + 8, 128)
+    query, key = rng(4).uniform(0.5, 2, (2, HEAD)).astype(np.float32)
+    angles = rng(5).uniform(0, 6, (m, HEAD // 2))
+    rope = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+    epilogue = NormRotary(jnp.asarray(query), jnp.asarray(key), jnp.asarray(rope), width)
+    got = fused_matmul(*arguments, epilogue, out_dtype=jnp.float32, implementation=implementation)
+    want = y.copy()
+    for part, weight in enumerate((query, key)):
+        for first in range(part * width, (part + 1) * width, HEAD):
+            head = y[:, first : first + HEAD]
+            head = head / np.sqrt((head**2).mean(-1, keepdims=True) + EPS) * weight
+            turned = (head[:, ::2] + 1j * head[:, 1::2]) * np.exp(1j * angles)
+            want[:, first : first + HEAD : 2], want[:, first + 1 : first + HEAD : 2] = turned.real, turned.imag
+    np.testing.assert_allclose(got, want, rtol=TOLERANCE, atol=TOLERANCE * np.abs(y).max())
+
+
+def test_rows_of_another_length_are_an_error():
+    (x, *rest), _ = product(2, 16, 128)
+    settings = Settings(16, 16, 128, 4, 2)
+    with pytest.raises(ValueError, match=r"x is \[2, 127\]: packed \[16, 32\] needs rows of 128"):
+        triton.matmul(x[:, :127], *rest, settings=settings, out_dtype=jnp.float32, interpret=True)
