@@ -223,7 +223,7 @@ class Blockwise:
             probed = _probed(self.work.load_block(name, self.work.dtype), prefix, self.options)
             moments = measure(probed, self.work.text_tokens, x, vec, self.rope)
         block = self.work.load_block(name, jnp.float32)
-        return student.student_of(block, prefix, self.options, moments)
+        return student.student_of(block, prefix, self.options, moments, meshes.by_row(self.work.mesh))
 
 
 def _probed(block: nnx.Module, prefix: str, options) -> nnx.Module:

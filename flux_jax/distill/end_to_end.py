@@ -72,7 +72,9 @@ def blockwise(work: Workspace) -> Read:
 
 def build(work: Workspace, read: Read) -> tuple[Any, Any]:
     """(graph, parameters) of the whole student."""
-    module = abstract_part("transformer", work.config, change=lambda t: student.student_of(t, "", work.options))
+    rows = meshes.by_row(work.mesh)
+    change = functools.partial(student.student_of, prefix="", options=work.options, rows=rows)
+    module = abstract_part("transformer", work.config, change=change)
     module.rematerialise = work.options.rematerialise
     whole = assemble(module, lambda names: read(names), sharding=lambda _, shape: meshes.parameter(work.mesh, shape))
     graph, state = nnx.split(whole)
