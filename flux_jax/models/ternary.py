@@ -2,11 +2,14 @@
 
 In: activations [..., d_in]. Out: [..., d_out] in their dtype. The packed codes go to `pallas_kernels.ternary_matmul` as
 they lie in memory; the unpacked matrix never exists. Leaves may carry a leading axis of layers, as every leaf of a
-stacked block does: under `jax.lax.scan` or `jax.vmap` the layer sees its own.
+stacked block does: under `jax.vmap` the layer sees its own, under `scan_blocks` it is told which one that is.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -37,6 +40,7 @@ class TernaryLinear(nnx.Module):
         self.scale = nnx.Param(scale)
         self.bias = None if bias is None else nnx.Param(bias)
         self.d_in, self.activations = d_in, activations
+        self.layer = nnx.data(None)  # where the leaves are those of all layers: this one's index
 
     @classmethod
     def from_codes(cls, codes: Any, scale: Any, bias: Any = None, *, activations: str = "bf16") -> "TernaryLinear":
@@ -45,10 +49,31 @@ class TernaryLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         bias = None if self.bias is None else self.bias[...]
-        how = {"activations": self.activations, "implementation": self.implementation}
+        how = {"activations": self.activations, "implementation": self.implementation, "layer": self.layer}
         return ternary_matmul(x, self.packed[...], self.scale[...], bias, **how)
 
     def dense(self, dtype: Any = jnp.float32) -> Array:
         """The weight matrix that this layer stands for, codes * scale, [..., n, k]."""
         codes = unpack_ternary(self.packed[...], self.d_in)
         return (codes.astype(jnp.float32) * self.scale[...][..., None]).astype(dtype)
+
+
+def scan_blocks(step: Callable, carry: Any, blocks: nnx.Module, *each: Any) -> Any:
+    """The last carry of carry = step(carry, block, *slices) over stacked blocks and whatever else has a leading axis of
+    layers.
+
+    A scan hands each layer a slice of every leaf. XLA would copy it in front of a kernel, every weight at every step of
+    the sampler: so the leaves of ternary layers stay outside, whole, and each layer gets its index instead.
+    """
+    paths = [path for path, module in nnx.iter_modules(blocks) if isinstance(module, TernaryLinear)]
+    definition, whole, sliced = nnx.split(blocks, lambda path, _: tuple(path[:-1]) in paths, ...)
+
+    def body(carry, layer):
+        index, leaves, slices = layer
+        block = nnx.merge(definition, whole, leaves)
+        for path in paths:
+            functools.reduce(getattr, path, block).layer = index
+        return step(carry, block, *slices), None
+
+    count = jax.tree.leaves(each)[0].shape[0]
+    return jax.lax.scan(body, carry, (jnp.arange(count), sliced, each))[0]

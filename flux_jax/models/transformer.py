@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from flux_jax.config import TransformerConfig
 from flux_jax.models.blocks import DoubleBlock, SingleBlock, modulate
 from flux_jax.models.linear import Linear, stack
+from flux_jax.models.ternary import scan_blocks
 
 
 class Modulation(NamedTuple):
@@ -120,20 +121,18 @@ class Transformer(nnx.Module):
         img, txt = self.img_in(img), self.txt_in(txt)
         per_layer = jax.checkpoint if self.rematerialise else lambda layer: layer
 
-        def double(x, layer):
-            block, img_mod, txt_mod = layer
+        def double(x, block, img_mod, txt_mod):
             with jax.named_scope("double_block"):
-                return block(*x, img_mod, txt_mod, rope), None
+                return block(*x, img_mod, txt_mod, rope)
 
-        layers = (self.double_blocks, modulation.double_img, modulation.double_txt)
-        (img, txt), _ = jax.lax.scan(per_layer(double), (img, txt), layers)
+        modulations = modulation.double_img, modulation.double_txt
+        img, txt = scan_blocks(per_layer(double), (img, txt), self.double_blocks, *modulations)
 
-        def single(x, layer):
-            block, mod = layer
+        def single(x, block, mod):
             with jax.named_scope("single_block"):
-                return block(x, mod, rope), None
+                return block(x, mod, rope)
 
         joined = jnp.concatenate([txt, img], axis=1)
-        x, _ = jax.lax.scan(per_layer(single), joined, (self.single_blocks, modulation.single))
+        x = scan_blocks(per_layer(single), joined, self.single_blocks, modulation.single)
         with jax.named_scope("final_layer"):
             return self.final_layer(x[:, txt.shape[1] :], modulation.final)

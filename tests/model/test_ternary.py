@@ -1,6 +1,7 @@
 """The ternary transformer against the dense one whose linears hold codes * scale, and one layer against numpy."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import pytest
 import tiny_model
 from flax import nnx
 
+from flux_jax.denoise import Conditions, denoise
 from flux_jax.models.attention import rotary
 from flux_jax.models.linear import Linear
 from flux_jax.models.ternary import PackedTernary, TernaryLinear
 from flux_jax.parts import abstract_part, assemble, dotted, leaf_table, leaves
 from flux_jax.quantize import abstract_ternary, is_ternary, quantize_transformer, replace_linears, ternarize
 from flux_jax.sampling import position_ids
+from pallas_kernels import packed_width
 
 ROUNDING = 1e-5  # of float32, relative to the largest value: the same sums in another order
 INT8 = 0.03  # relative RMS error of the velocity: each activation rounded by up to 1/254 of its row's largest
@@ -83,6 +86,23 @@ def test_one_layer_with_int8_activations_is_numpys(dtype):
         np.abs(np.asarray(actual, np.float64) - expected).max()
         <= (1e-6 if dtype == jnp.float32 else 2**-8) * np.abs(expected).max()
     )
+
+
+def test_the_loop_over_steps_reads_no_modulation_weights(dense):
+    """XLA carries through a loop what its body reads: every other ternary layer, whole, not a layer at a time."""
+    config = dataclasses.replace(tiny_model.config(), transformer=dense.config)
+    transformer, width = abstract_ternary(config), dense.config.hidden_size
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    text, pooled = array(1, 4, dense.config.text_dim), array(1, dense.config.pooled_dim)
+    conditions = Conditions(text, pooled, array(), array(), array(2, 10, dense.config.head_dim // 2))
+    program = denoise.lower(transformer, array(6, dense.config.in_channels), array(4), conditions).compile().as_text()
+    (loop,) = re.findall(r"= \((.*?)\) while\(.*op_name=\"jit\(denoise\)/denoise/while\"", program)
+    carried = set(re.findall(r"u8\[([\d,]+)\]", loop))
+    layers, kp = dense.config.num_double_blocks, packed_width(width)
+    assert f"{layers},{3 * width},{kp}" in carried  # qkv
+    assert f"{layers},{6 * width},{kp}" not in carried  # mod
+    stacked = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(transformer) if leaf.dtype == jnp.uint8}
+    assert carried < stacked
 
 
 def test_abstract_and_concrete_forms_agree(dense):
