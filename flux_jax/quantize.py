@@ -24,7 +24,6 @@ from flux_jax.config import FluxConfig
 from flux_jax.models.linear import Linear
 from flux_jax.models.ternary import TernaryLinear
 from flux_jax.parts import abstract_part, dotted, leaf_table
-from pallas_kernels import packed_width
 
 METHODS = ("least-squares", "absmean")
 CHUNK = 2**18  # weights of a numpy array that a thread works on at a time: about 10 MB of intermediate results
@@ -141,13 +140,6 @@ def ternary_paths(config: FluxConfig) -> dict[str, tuple[int, int]]:
     table = leaf_table(abstract_part("transformer", config))
     split = ((name.rpartition("."), shape) for name, shape in table.items())
     return {path: (shape[0], shape[1]) for (path, _, kind), shape in split if kind == "weight" and is_ternary(path)}
-
-
-def held_bits(config: FluxConfig) -> float:
-    """Bits that a ternary weight takes in memory: 2, the padding of rows, and its share of the row's float32 scale. On
-    disk they are fewer, see `flux_jax.storage.size_on_disk`."""
-    shapes = ternary_paths(config).values()
-    return 8 * sum(n * (packed_width(k) + 4) for n, k in shapes) / sum(map(math.prod, shapes))
 
 
 def report(config: FluxConfig) -> str:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,16 +80,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def size_on_disk(weights: Mapping[str, Any]) -> int:
-    """Bytes of the files that Orbax writes for these arrays, by dotted name: compressed (zstd), its own tables
-    included. They are written to the temporary folder, and deleted."""
-    from orbax.checkpoint import v1 as ocp
-
-    with tempfile.TemporaryDirectory() as folder:
-        ocp.save(Path(folder) / "weights", nest(weights))
-        return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -17,9 +17,7 @@ from convert.rules import FORMATS
 from flux_jax import quantize
 from flux_jax.config import dev
 from flux_jax.parts import abstract_part, leaf_table
-from flux_jax.quantize import abstract_ternary, held_bits, report, ternarize, ternary_paths
-from flux_jax.storage import size_on_disk
-from pallas_kernels import pack_ternary
+from flux_jax.quantize import report, ternarize, ternary_paths
 
 K = 6
 ALL_CODES = np.array(list(itertools.product((-1, 0, 1), repeat=K)), np.float64)
@@ -97,17 +95,3 @@ def test_what_is_ternary_in_flux_dev():
         "ternary: 11,834,228,736 of 11,901,408,320 parameters (99.44%), 494 of 504 linears as published, "
         "304 of 314 matrices here"
     )
-
-
-def test_bits_of_a_weight():
-    """2.0 and the scales in memory; on disk about the entropy of the codes."""
-    table = leaf_table(abstract_ternary(dev()))
-    packed = sum(math.prod(shape) for name, shape in table.items() if name.endswith(".packed"))
-    scales = sum(math.prod(shape) for name, shape in table.items() if name.endswith(".scale"))
-    assert held_bits(dev()) == pytest.approx(8 * (packed + 4 * scales) / 11_834_228_736)
-    assert 2.0 < held_bits(dev()) < 2.01
-    codes = ternarize(np.random.default_rng(2).standard_normal((512, 2048), np.float32))[0]
-    shares = np.unique_counts(codes).counts / codes.size
-    entropy = -(shares * np.log2(shares)).sum()
-    stored = 8 * size_on_disk({"layer.packed": pack_ternary(codes)}) / codes.size
-    assert 0.99 * entropy < stored < 1.1 * entropy
