@@ -51,7 +51,7 @@ def run(tasks: Sequence[Task], a: Variant, b: Variant, sampling: dict[str, Any],
         np.save(buffer, latents)
         images.write_whole(task.latents(out), buffer.getvalue(), overwrite=True)
     for task, latents in _draw(todo, b, "b", sampling, out):
-        row = {"index": task.index, "prompt": task.prompt, "seed": task.seed}
+        row: dict[str, Any] = {"index": task.index, "prompt": task.prompt, "seed": task.seed}
         row |= metrics.picture_metrics(*(pixels(task.picture(side, out)) for side in "ab"))
         row["latent_errors"] = metrics.latent_errors(np.load(task.latents(out)), latents)
         images.write_whole(task.result(out), json.dumps(row).encode(), overwrite=True)
