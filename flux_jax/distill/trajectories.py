@@ -114,7 +114,8 @@ def load_or_make(work: Workspace, name: str, prompts: list[str], count: int) -> 
     paths = chunk_paths(folder, count, chunk)
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     if missing:
-        maker = Maker(work, 2 * work.options.seed + (name == "held_out"))
+        apart = name == "held_out"  # measured on what is sampled, whatever was trained on
+        maker = Maker(work, 2 * work.options.seed + apart, work.options.points == "noise" and not apart)
         texts = order(prompts, work.options.seed, count)
         done, hidden = len(paths) - len(missing), jax.process_index() > 0
         for i in tqdm(missing, desc=name, initial=done, total=len(paths), mininterval=2, disable=hidden):
@@ -131,8 +132,8 @@ def load_or_make(work: Workspace, name: str, prompts: list[str], count: int) -> 
 class Maker:
     """The teacher with its encoders, ready to sample."""
 
-    def __init__(self, work: Workspace, seed: int):
-        self.work, self.seed = work, np.uint32(seed % 2**32)
+    def __init__(self, work: Workspace, seed: int, noisy: bool = False):
+        self.work, self.seed, self.noisy = work, np.uint32(seed % 2**32), noisy
         self.tokenizers = Tokenizers.load(work.teacher.tokenizers, work.config)
         self.t5, self.clip = (work.teacher.load(part, work.dtype) for part in ("t5", "clip"))
         self.transformer = work.load_teacher()
@@ -157,6 +158,6 @@ class Maker:
             (np.asarray(noise), text.astype(work.dtype), pooled.astype(work.dtype)), meshes.by_row(work.mesh)
         )
         scalars = meshes.put((np.float32(work.guidance), work.sigmas), meshes.whole(work.mesh))
-        x, v = follow(self.transformer, *inputs, *scalars, work.rope, work.options.points == "noise")
+        x, v = follow(self.transformer, *inputs, *scalars, work.rope, self.noisy)
         x, v = meshes.fetch((x, v))
         return {"x": x[:count], "velocity": v[:count], "text": text[:count], "pooled": pooled[:count]}
