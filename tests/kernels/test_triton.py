@@ -118,3 +118,19 @@ def test_a_kernel_runs_under_jit_and_scan():
         want = (sums.astype(np.float64) @ codes[layer].T) * row_scale[:, None] * scale[layer] + bias[layer]
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-2)
         sums = np.clip(got, -127, 127).astype(np.int8)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "unmasked"),
+    # The kernel touches weights, scale and bias; the row scale and, four times, activations; and the output.
+    [(33, 64, 256, 3), (64, 40, 256, 5), (33, 40, 256, 0), (64, 64, 256, 9), (64, 64, 128, 4)],
+)
+def test_edges_are_masked_and_whole_tiles_are_not(m, n, k, unmasked):
+    """The interpreter pads an operand that is read or written beyond its end; a GPU has other arrays there."""
+    x, row_scale, codes, scale, bias = operands(m, n, k)
+    given = map(jnp.asarray, (x, row_scale, pack_ternary(codes), scale, bias))
+    settings = Settings(32, 32, 256, 4, 2)
+    kernel = jax.make_jaxpr(lambda *a: triton.matmul(*a, settings=settings, out_dtype=jnp.float32))(*given)
+    touched = [line for line in str(kernel).splitlines() if " <- " in line]
+    assert len(touched) == 9
+    assert sum("mask=" not in line for line in touched) == unmasked
