@@ -38,12 +38,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not (failed := machine_failure(error)):
+            raise
+        print(failed, file=sys.stderr)
+        return failed.exit_code
     import jax
 
     if jax.process_index() == 0:
         losses = {name: about[name] for name in ("held_out_loss", "held_out_relative")}
         print(json.dumps({"out": str(args.out)} | losses))
     return 0
+
+
+def machine_failure(error: Exception) -> UserError | None:
+    """The sentence for an error that says that memory or disk ran out; None for any other."""
+    from flux_jax import memory, storage
+
+    if memory.is_exhausted(error):
+        return memory.exhausted("distilling", ["a smaller --block-batch", "a larger --accumulate", "--rematerialise"])
+    if storage.disk_is_full(error):
+        return UserError("The disk is full: free some space, and the same command goes on from the last checkpoint.")
+    return None
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}

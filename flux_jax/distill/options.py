@@ -25,7 +25,7 @@ class Options:
     phases: str = option("blockwise,end_to_end", "phases to run, in order: blockwise, end_to_end, or both; or none")
     seed: int = option(0, "of the prompts' order, the noise, and the batches")
 
-    trajectories: int = option(4096, "training trajectories; prompts are taken round after round")
+    trajectories: int = option(3072, "training trajectories; prompts are taken round after round")
     held_out: int = option(64, "trajectories of held-out prompts, on which losses are measured")
     steps: int = option(0, "denoising steps of a trajectory (0: the teacher's default)")
     guidance: float = option(-1.0, "guidance of the trajectories (negative: the teacher's default)")
@@ -46,11 +46,11 @@ class Options:
     train_rest: bool = option(True, "train what stays floating, too: biases, norms; end to end also the embedders")
 
     optimizer: Literal["adam", "muon"] = option("adam", "of the latent weights; everything else has Adam")
-    block_steps: int = option(400, "steps for each block of phase blockwise")
+    block_steps: int = option(300, "steps for each block of phase blockwise")
     block_points: int = option(8192, "points whose hidden states phase blockwise keeps")
     block_batch: int = option(64, "points of a step")
     block_learning_rate: float = option(3e-3, "of latent weights")
-    learning_steps: int = option(4000, "steps of phase end_to_end")
+    learning_steps: int = option(3600, "steps of phase end_to_end")
     batch: int = option(64, "points of a step of phase end_to_end")
     accumulate: int = option(1, "parts that a batch is worked on in, for want of memory")
     learning_rate: float = option(2e-3, "of latent weights")
@@ -102,12 +102,12 @@ class Options:
 
 
 QUICK = {  # what --quick sets where no flag says otherwise: FLUX-nano in less than five minutes on two cores
-    "trajectories": 384,
-    "held_out": 32,
-    "block_steps": 60,
-    "block_points": 1536,
+    "trajectories": 256,
+    "held_out": 16,
+    "block_steps": 40,
+    "block_points": 1024,
     "block_batch": 32,
-    "learning_steps": 300,
+    "learning_steps": 260,
     "batch": 32,
     "ema": 0.97,
     "save_every": 150,

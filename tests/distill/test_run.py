@@ -2,6 +2,7 @@
 and whatever cannot be done is one sentence."""
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -199,6 +200,25 @@ def test_teachers_prompts_and_folders_that_will_not_do(folder, tmp_path, monkeyp
     refused(folder, run, tiny.PROMPTS, "another --seed", seed=1)
     refused(folder, run, tiny.PROMPTS[1:], "another prompts")
     prepare(folder / "teacher", run, tiny.PROMPTS, dataclasses.replace(tiny.OPTIONS, save_every=3), None)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory"), 4, "--block-batch"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "disk is full"),
+        (KeyboardInterrupt(), 130, "goes on"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_sentence(folder, tmp_path, monkeypatch, capsys, error, code, says):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    monkeypatch.setattr("flux_jax.distill.run.distill", fail)
+    assert main(words(folder, "none")) == code
+    printed = capsys.readouterr().err.strip()
+    assert says in printed and "\n" not in printed
 
 
 def test_cores_divide_every_batch():
