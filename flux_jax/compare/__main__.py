@@ -4,6 +4,9 @@ In: two models, each a checkpoint with options (`nano-1.58bit@kernel=xla`; see `
 (.txt, one a line, or .jsonl with prompt and, if wanted, seed). Out: in DIR the pictures, `index.html` to open in any
 browser, `grid.png`, `report.json`; a summary on stderr, with --json the report on stdout. Needs the extra `evaluate`.
 Exit status as `flux_jax.evaluate`.
+
+LPIPS and CLIP scores are not here: their networks come as PyTorch weights for PyTorch code, which nothing in this
+project runs. DIR/a and DIR/b hold the pictures under equal names, as other tools' folders of pairs want them.
 """
 
 import importlib.util

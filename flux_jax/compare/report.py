@@ -83,6 +83,7 @@ def curve(summary: dict[str, Any]) -> bytes:
     axes.plot(steps, summary["latent_errors_largest"], color="tab:red", label="largest", marker=".")
     axes.plot(steps, summary["latent_errors_median"], color="tab:blue", label="median", marker=".")
     axes.set(xlabel="step", ylabel="|b − a| / |a| of latents", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     buffer = io.BytesIO()

@@ -76,8 +76,8 @@ def flip_sheet(changes: Sequence[dict[str, Any]], out: Path, against: Path) -> I
     entries = []
     for change in changes[:MOST_SHOWN]:
         file = Path(change["tag"], f"{change['index']:03d}.png")
-        gained = change["change"] == "gained"
-        entries += [(out / file, change["prompt"], gained), (against / file, change["reason"], not gained)]
+        gained, note = change["change"] == "gained", f"{change['change']}: {change['reason']}"
+        entries += [(out / file, change["prompt"], gained), (against / file, note, not gained)]
     return sheet(entries, COLUMNS) if entries else None
 
 
