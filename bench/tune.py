@@ -48,7 +48,7 @@ def candidates(m: int, k: int, operand: str) -> list[Settings]:
 def suits(settings: Settings, m: int, k: int, operand: str) -> bool:
     """By the arithmetic of a tile: its steps end with the row, its parts fit, no thread has too little to do."""
     block_m, block_n, block_k, warps, stages = dataclasses.astuple(settings)
-    if 4 * packed_width(k) % block_k or block_m >= 2 * max(m, 16):
+    if 4 * packed_width(k) % block_k or block_m > max(64, m):
         return False
     packed_tile, tile = block_n * block_k // 4, block_m * block_k * jnp.dtype(operand).itemsize
     if stages * tile + (stages - 1) * packed_tile > SHARED_BYTES:
@@ -159,7 +159,7 @@ def main(argv: Sequence[str]) -> None:
                 report.say(f"{args.seconds} s are over; the same command goes on where this one stops")
                 break
             tries = candidates(m, k, operand)
-            tries = tries[:: len(tries) // 2] if args.tiny else tries
+            tries = tries[:: max(1, len(tries) // 2)] if args.tiny else tries
             report.say(f"{operand} {m} x {n} x {k}: {len(tries)} settings")
             row = tune(m, n, k, operand, tries, args.tiny)
             if row is None:
