@@ -3,6 +3,8 @@
 packing         the 2-bit layout of ternary weights: pack, unpack, validate
 ternary_matmul  the product with packed weights: checks, choice of backend, gradient
 reference       its XLA backend, for every device
+triton          its Triton backend, for NVIDIA GPUs of compute capability 8.0 and up
+fused           products and norms with what stands before and behind them in one kernel, for inference
 settings        which backend and which tiles, for which device and shape
 """
 

@@ -71,7 +71,7 @@ def matmul(
     if layer is not None:
         packed, scale = packed[layer], scale[layer]
         bias = None if bias is None else bias[layer]
-    codes = unpack_ternary(packed, x.shape[-1])
+    codes = jnp.asarray(unpack_ternary(packed, x.shape[-1]))
     if row_scale is None:
         y = floating_sums(x, codes)
     else:

@@ -71,7 +71,7 @@ def current_target() -> Target:
     """The device that JAX would use now, or what `compiling_for` says."""
     if (told := _TARGET.get()) is not None:
         return told
-    device = jax.config.jax_default_device
+    device = getattr(jax.config, "jax_default_device", None)
     if not isinstance(device, jax.Device):
         device = jax.devices(device)[0]
     return Target(device.platform, str(getattr(device, "compute_capability", "")), device.device_kind)

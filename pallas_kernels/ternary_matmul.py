@@ -48,9 +48,10 @@ def ternary_matmul(
     Differentiable in x (straight through the rounding), scale and bias, not in packed.
     ValueError in one sentence for a wrong dtype or shape, a scale that is not finite, or an unsupported implementation.
     """
-    arrays = [None if a is None else jnp.asarray(a) for a in (x, packed, scale, bias, layer)]
-    _check(*arrays, activations)
-    return _compiled(_plan(*arrays[:2], activations, implementation), *_vary_alike(arrays))
+    arrays: list[Any] = [None if a is None else jnp.asarray(a) for a in (x, packed, scale, bias, layer)]
+    _check(*arrays, activations=activations)
+    plan = _plan(arrays[0], arrays[1], activations, implementation)
+    return _compiled(plan, *_vary_alike(arrays))
 
 
 def _plan(x: Any, packed: Any, activations: str, implementation: str | None) -> Plan:
@@ -61,7 +62,7 @@ def _plan(x: Any, packed: Any, activations: str, implementation: str | None) -> 
     return Plan(activations, choose_settings(target, m, n, k, operand), target.platform == "interpret")
 
 
-def _check(x: Any, packed: Any, scale: Any, bias: Any, layer: Any, activations: str) -> None:
+def _check(x: Any, packed: Any, scale: Any, bias: Any, layer: Any, *, activations: str) -> None:
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations is {activations!r}: expected {' or '.join(map(repr, ACTIVATIONS))}")
     if x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
