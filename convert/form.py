@@ -45,7 +45,7 @@ class Form:
             return
         path = name.removesuffix(".weight")
         codes, scale = ternarize(value, str(self.ternary))
-        yield f"{path}.packed", pack_ternary(codes)
+        yield f"{path}.packed", np.asarray(pack_ternary(codes))
         yield f"{path}.scale", scale
 
     @property

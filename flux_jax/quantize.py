@@ -22,7 +22,7 @@ from flax import nnx
 
 from flux_jax.config import FluxConfig
 from flux_jax.models.linear import Linear
-from flux_jax.models.ternary import TernaryLinear
+from flux_jax.models.ternary import TernaryLinear, module_at
 from flux_jax.parts import abstract_part, dotted, leaf_table
 
 METHODS = ("least-squares", "absmean")
@@ -106,8 +106,7 @@ def replace_linears(transformer: nnx.Module, change: Callable[[str, Any], nnx.Mo
     copy = nnx.merge(*nnx.split(transformer))
     for path, layer in list(nnx.iter_modules(copy)):
         if is_ternary(dotted(path)):
-            parent = functools.reduce(getattr, path[:-1], copy)
-            setattr(parent, str(path[-1]), change(dotted(path), layer))
+            setattr(module_at(copy, path[:-1]), str(path[-1]), change(dotted(path), layer))
     return copy
 
 

@@ -5,7 +5,6 @@ they lie in memory; the unpacked matrix never exists. Leaves may carry a leading
 stacked block does: under `jax.vmap` the layer sees its own, under `scan_blocks` it is told which one that is.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,8 +53,15 @@ class TernaryLinear(nnx.Module):
 
     def dense(self, dtype: Any = jnp.float32) -> Array:
         """The weight matrix that this layer stands for, codes * scale, [..., n, k]."""
-        codes = unpack_ternary(self.packed[...], self.d_in)
+        codes = jnp.asarray(unpack_ternary(self.packed[...], self.d_in))
         return (codes.astype(jnp.float32) * self.scale[...][..., None]).astype(dtype)
+
+
+def module_at(module: Any, path: tuple) -> Any:
+    """The submodule at a path of `nnx.iter_modules`."""
+    for name in path:
+        module = getattr(module, str(name))
+    return module
 
 
 def scan_blocks(step: Callable, carry: Any, blocks: nnx.Module, *each: Any) -> Any:
@@ -72,7 +78,7 @@ def scan_blocks(step: Callable, carry: Any, blocks: nnx.Module, *each: Any) -> A
         index, leaves, slices = layer
         block = nnx.merge(definition, whole, leaves)
         for path in paths:
-            functools.reduce(getattr, path, block).layer = index
+            module_at(block, path).layer = index
         return step(carry, block, *slices), None
 
     count = jax.tree.leaves(each)[0].shape[0]
