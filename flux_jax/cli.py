@@ -37,6 +37,8 @@ OFFLOADING = (
     "(layers); slower, for GPUs that cannot hold all parts at once"
 )
 TILING = "decode in strips: less memory, the same picture (default: auto, where whole pictures would not fit)"
+MESH = "devices: N pictures side by side, the transformer of each split over M (default: one device)"
+PROCESSES = "processes, on one or several hosts, that make up the mesh; start the same command for each"
 OUTPUT = "a .png or a folder; may hold {seed}, {i}, {id} and {prompt} (default: outputs/flux-<time>-<seed>.png)"
 
 
@@ -88,6 +90,10 @@ def build_parser(version: str) -> Parser:
     add("--device", choices=("cpu", "gpu"), help="default: a GPU if JAX finds one")
     add("--offload", choices=OFFLOAD, default="none", help=OFFLOADING)
     add("--vae-tiling", choices=("auto", "on", "off"), default="auto", help=TILING)
+    add("--mesh", metavar="data=N,model=M", help=MESH)
+    add("--processes", type=int, default=1, metavar="N", help=PROCESSES)
+    add("--process", type=int, default=0, metavar="I", help="which of them this is, from 0; the first writes")
+    add("--coordinator", metavar="HOST:PORT", help="where the first of several processes listens")
     add("--verify", action="store_true", help="compare the checkpoint's files with their SHA-256 before use")
     add("--no-cache", action="store_true", help="do not keep compiled programs in the user's cache folder")
 
@@ -128,6 +134,12 @@ def parse(argv: Sequence[str], version: str) -> argparse.Namespace:
         > 1
     ):
         raise UserError("Give the size once: --size, --aspect, or --width and --height.")
+    if args.mesh is not None:
+        args.mesh = inputs.parse_mesh(args.mesh)
+    if args.processes > 1 and not (args.mesh and args.coordinator and args.seed):
+        raise UserError("Several processes need --mesh, --coordinator, and a --seed that they agree on.")
+    if not 0 <= args.process < args.processes:
+        raise UserError(f"--process must be from 0 to {args.processes - 1}, not {args.process}.")
     if args.prompts_file and (args.prompts or args.from_metadata):
         raise UserError("--prompts-file brings its own prompts; leave out the others and --from-metadata.")
     return args

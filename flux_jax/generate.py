@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flux_jax import cache, cli, images, jobs, memory, verify
+from flux_jax import cache, cli, images, jobs, lifeline, memory, verify
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 
@@ -35,13 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         say(str(error))
+        if lifeline.several():
+            os._exit(error.exit_code)  # at once: an ordinary exit would wait for the others
         return error.exit_code
     except KeyboardInterrupt:
         say("Interrupted; pictures that were finished are kept.")
         return 130
     except (MemoryError, RuntimeError) as error:  # jax.errors.JaxRuntimeError is a RuntimeError
         if not memory.is_exhausted(error):
-            raise
+            if not lifeline.several():
+                raise
+            lifeline.stop()
         say("Out of memory; choose a smaller --size, --dtype bfloat16, or a machine with more of it.")
         return 4
 
@@ -60,6 +64,10 @@ def version() -> str:
 
 def run(args: argparse.Namespace) -> None:
     set_environment(args.device)
+    if args.processes > 1:
+        from flux_jax import placement
+
+        placement.join(args.coordinator, args.processes, args.process)
     from flux_jax.checkpoint import MANIFEST, Checkpoint
 
     if args.list_models:
@@ -92,9 +100,10 @@ def run(args: argparse.Namespace) -> None:
             )
         explain(report, words, args)
     else:
-        report |= generate(args, left, stored.directory, model, dtype) if left else {"images": []}
-    if args.json:
+        report |= generate(args, left, stored, model, dtype) if left else {"images": []}
+    if args.json and not args.process:
         print(json.dumps(report, ensure_ascii=False), flush=True)
+    lifeline.leave()
 
 
 def list_models() -> None:
@@ -132,7 +141,7 @@ def check_device(device: str | None) -> None:
 
 
 def generate(
-    args: argparse.Namespace, todo: list[jobs.Job], folder: Path, model: dict[str, Any], dtype: str
+    args: argparse.Namespace, todo: list[jobs.Job], stored: Any, model: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
     """Loads the model, draws and writes each job; returns what the JSON report says about it."""
     start = time.perf_counter()
@@ -140,17 +149,23 @@ def generate(
 
     check_device(args.device)
     if args.verify:
-        count = verify.check(folder)
+        count = verify.check(stored.directory)
         if args.verbose:
-            say(f"{count} files of {folder} are what was written")
+            say(f"{count} files of {stored.directory} are what was written")
     cached = None if args.no_cache else cache.enable()
     from flux_jax.pipeline import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(folder, dtype=dtype, offload=args.offload, vae_tiling=args.vae_tiling)
+    mesh = None
+    if args.mesh:
+        from flux_jax import placement
+
+        mesh = placement.make_mesh(args.mesh, stored.config.transformer)
+    memory_flags = {"offload": args.offload, "vae_tiling": args.vae_tiling}
+    pipe = FluxPipeline.from_pretrained(stored.directory, dtype=dtype, mesh=mesh, **memory_flags)
     device = jax.devices()[0]
     if args.verbose:
         where = f"{pipe.dtype} on {device.device_kind} ({device.platform})"
-        say(f"{model['name']} from {folder} | {where} | compiled programs: {cached or 'not kept'}")
+        say(f"{model['name']} from {stored.directory} | {where} | compiled programs: {cached or 'not kept'}")
     totals = {"load": time.perf_counter() - start}
     provenance = {
         "format": images.RECORD_FORMAT,
@@ -160,15 +175,17 @@ def generate(
         "versions": {"flux_jax": version(), "jax": jax.__version__, "python": sys.version.split()[0]},
     }
     made = []
-    for number, job in enumerate(todo, 1):
-        bar = Bar(job.steps, f"{number}/{len(todo)} " if len(todo) > 1 else "") if shows_bar(args) else None
+    for group in jobs.alike(todo, args.mesh["data"] if args.mesh else 1):
+        job = group[0]
+        label = f"{todo.index(job) + 1}/{len(todo)} " if len(todo) > 1 else ""
+        bar = Bar(job.steps, label) if shows_bar(args) else None
         out = pipe(
-            job.prompt,
+            [job.prompt for job in group],
             height=job.height,
             width=job.width,
             num_inference_steps=job.steps,
             guidance_scale=job.guidance,
-            seed=job.seed,
+            seed=[job.seed for job in group],
             negative_prompt=job.negative_prompt,
             true_cfg_scale=job.true_cfg,
             max_sequence_length=job.max_sequence_length,
@@ -176,14 +193,17 @@ def generate(
         )
         if bar:
             bar.clear()
-        entry = {**provenance, **job.settings()}
-        images.write_png(job.output, out.images[0], entry, overwrite=args.overwrite)
-        made.append({"path": str(job.output), "id": job.id, **entry})
         totals = {k: totals.get(k, 0.0) + out.timings.get(k, 0.0) for k in {**totals, **out.timings}}
-        if not args.json:
-            print(job.output, flush=True)
-        if not args.quiet:
-            say(f"seed {job.seed} | {job.output} | repeat: python -m flux_jax.generate -C {job.output}")
+        if args.process:
+            continue
+        for job, image in zip(group, out.images, strict=True):
+            entry = {**provenance, **job.settings()}
+            images.write_png(job.output, image, entry, overwrite=args.overwrite)
+            made.append({"path": str(job.output), "id": job.id, **entry})
+            if not args.json:
+                print(job.output, flush=True)
+            if not args.quiet:
+                say(f"seed {job.seed} | {job.output} | repeat: python -m flux_jax.generate -C {job.output}")
     if not args.quiet:
         say(summary(totals))
     return {"images": made, "timings": {k: round(v, 3) for k, v in totals.items()}}
@@ -199,7 +219,7 @@ def summary(seconds: dict[str, float]) -> str:
 
 
 def shows_bar(args) -> bool:
-    return sys.stderr.isatty() and not args.quiet
+    return sys.stderr.isatty() and not args.quiet and not args.mesh
 
 
 class Bar:

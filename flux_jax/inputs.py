@@ -15,6 +15,7 @@ from flux_jax.errors import UserError
 MAX_EDGE = 16_384  # pixels
 MAX_IMAGE_TOKENS = 65_536  # 4096 x 4096 pixels of FLUX; its attention is quadratic in this
 MAX_STEPS = 1000  # the training schedule has no more noise levels
+MESH_AXES = ("data", "model")  # pictures side by side; one transformer over several devices
 SEED_LIMIT = 2**32  # what a 32-bit random key distinguishes
 
 
@@ -29,6 +30,14 @@ def parse_size(text: str) -> tuple[int, int]:
     if not match:
         raise UserError(f"--size must read WIDTHxHEIGHT, such as 1024x768, not {text!r}.")
     return int(match[1]), int(match[2])
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`data=2,model=4` as {"data": 2, "model": 4}; an axis that is not named has one place."""
+    found = re.findall(r"(data|model)=([1-9]\d*)", text)
+    if not found or ",".join(f"{axis}={count}" for axis, count in found) != text or len(dict(found)) != len(found):
+        raise UserError(f"--mesh must read data=N,model=M, such as data=2,model=4, not {text!r}.")
+    return {axis: int(dict(found).get(axis, 1)) for axis in MESH_AXES}
 
 
 def aspect_size(text: str, area: int, multiple: int) -> tuple[int, int]:

@@ -187,6 +187,18 @@ class Names:
         return path if path.suffix else path.with_name(path.name + ".png")
 
 
+def alike(jobs: list[Job], most: int) -> list[list[Job]]:
+    """Neighbours that one call can draw, at most so many together: they differ in prompt and seed only."""
+    groups: list[list[Job]] = []
+    for job in jobs:
+        same = {k: v for k, v in job.settings().items() if k not in ("prompt", "seed")}
+        if groups and len(groups[-1]) < most and all(groups[-1][0].settings()[k] == v for k, v in same.items()):
+            groups[-1].append(job)
+        else:
+            groups.append([job])
+    return groups
+
+
 def slug(text: str, longest: int = 60) -> str:
     """Letters and digits of a text, joined by single hyphens: safe in every file system."""
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:longest].rstrip("-") or "picture"

@@ -19,25 +19,17 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from flux_jax import denoise
+from flux_jax import denoise, lifeline
 from flux_jax.checkpoint import Checkpoint
 from flux_jax.config import TransformerConfig
 from flux_jax.errors import UserError
+from flux_jax.inputs import MESH_AXES
 from flux_jax.parts import dotted
 from pallas_kernels.packing import TILE
 
-PATIENCE = 60  # seconds without a sign of life until other processes count as gone
-AXES = ("data", "model")
+AXES = MESH_AXES
 LAYER = re.compile(r"(?:double_blocks|single_blocks)(?:\.\d+)?\.(?:(?:img|txt)\.)?(\w+)\.(weight|packed|scale|bias)")
 BY_ROWS, BY_COLUMNS = ("qkv", "mlp_in", "linear1", "mod"), ("proj", "mlp_out", "linear2")
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """`data=2,model=4` as {"data": 2, "model": 4}; an axis that is not named has one place."""
-    found = re.findall(r"(data|model)=([1-9]\d*)", text)
-    if not found or ",".join(f"{axis}={count}" for axis, count in found) != text or len(dict(found)) != len(found):
-        raise UserError(f"--mesh must read data=N,model=M, such as data=2,model=4, not {text!r}.")
-    return {axis: int(dict(found).get(axis, 1)) for axis in AXES}
 
 
 def make_mesh(shape: dict[str, int], config: TransformerConfig) -> Mesh:
@@ -199,10 +191,7 @@ class Spread:
 
 def join(address: str, processes: int, process: int) -> None:
     """Makes this process number `process` of `processes`, which find each other at HOST:PORT of the first: from here on
-    JAX sees the devices of all. Call it before JAX is used. UserError where they do not find each other."""
-    try:
-        jax.distributed.initialize(
-            address, processes, process, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=PATIENCE
-        )
-    except RuntimeError as error:
-        raise UserError(f"Process {process} of {processes} found no others at {address} in {PATIENCE} s.") from error
+    JAX sees the devices of all. Call it before JAX is used, and `flux_jax.lifeline.leave` before an ordinary end.
+    UserError where they do not find each other."""
+    lifeline.join(address, processes, process)
+    jax.distributed.initialize(address, processes, process)

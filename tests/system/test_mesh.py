@@ -1,7 +1,11 @@
 """Pictures on several devices: eight of a CPU's stand for GPUs, in processes of their own."""
 
+import dataclasses
+import importlib.util
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from flux_jax import placement
+from flux_jax import aot, inputs, jobs, placement
 from flux_jax.config import TransformerConfig
 from flux_jax.errors import UserError
 from flux_jax.quantize import quantize_transformer
@@ -23,7 +27,6 @@ ROUNDING = 2e-5  # of the final latents' largest value: sums of float32 in anoth
 
 def config():
     """Heads for four devices, and enough of them in each for the tiles of ternary weights."""
-    import dataclasses
 
     tiny = tiny_model.config()
     wide = dataclasses.replace(tiny.transformer, hidden_size=256, num_heads=8, axes_dim=(8, 12, 12))
@@ -102,7 +105,7 @@ def test_eight_devices_draw_what_one_draws(models):
 TWO_PROCESSES = """
 import json, sys
 import jax, numpy as np
-from flux_jax import placement
+from flux_jax import lifeline, placement
 from flux_jax.pipeline import FluxPipeline
 
 address, process, folder, prompts, out = sys.argv[1:]
@@ -113,6 +116,7 @@ from flux_jax.checkpoint import Checkpoint
 mesh = placement.make_mesh({"data": 2, "model": 2}, Checkpoint.open(folder).config.transformer)
 drawn = FluxPipeline.from_pretrained(folder, mesh=mesh)(prompts, seed=[5, 9, 2], output_type="latent").images
 np.save(f"{out}-{process}.npy", drawn)
+lifeline.leave()
 """
 
 
@@ -139,12 +143,12 @@ def test_two_processes_draw_what_one_device_draws(models, tmp_path):
 @pytest.mark.parametrize("text", ["", "data", "data=0", "model=2,", "data=2,data=2", "rows=2", "data=2;model=2"])
 def test_bad_meshes_are_one_sentence(text):
     with pytest.raises(UserError, match="--mesh must read data=N,model=M"):
-        placement.parse_mesh(text)
+        inputs.parse_mesh(text)
 
 
 def test_meshes():
-    assert placement.parse_mesh("data=2,model=4") == {"data": 2, "model": 4}
-    assert placement.parse_mesh("model=4") == {"data": 1, "model": 4}
+    assert inputs.parse_mesh("data=2,model=4") == {"data": 2, "model": 4}
+    assert inputs.parse_mesh("model=4") == {"data": 1, "model": 4}
     with pytest.raises(UserError, match="has 1000 places and JAX finds"):
         placement.make_mesh({"data": 1, "model": 1000}, TransformerConfig())
     with pytest.raises(UserError, match="does not divide the transformer's 24 heads"):
@@ -154,3 +158,98 @@ def test_meshes():
             TransformerConfig(hidden_size=128, num_heads=2, axes_dim=(16, 24, 24)), 2,
             "single_blocks.0.linear2.packed", np.zeros((128, 160), np.uint8),
         )  # fmt: skip
+
+
+def test_jobs_of_one_call():
+    base = {
+        "id": None,
+        "negative_prompt": None,
+        "height": 32,
+        "width": 32,
+        "steps": 2,
+        "guidance": 1.0,
+        "true_cfg": 1.0,
+    }
+    base |= {"max_sequence_length": 12, "output": Path("a.png")}
+    made = [jobs.Job(i, prompt=str(i), seed=i, **base) for i in range(5)]
+    made[3] = dataclasses.replace(made[3], steps=9)
+    assert [[job.index for job in group] for group in jobs.alike(made, 2)] == [[0, 1], [2], [3], [4]]
+    assert all(len(group) == 1 for group in jobs.alike(made, 1))
+
+
+def command(*argv: object) -> str:
+    return f"import sys; from flux_jax.generate import main; sys.exit(main({[str(a) for a in argv]!r}))"
+
+
+def test_a_killed_process_ends_the_others_with_one_message(models, tmp_path):
+    """The second process is killed while the first waits for its share of a sum."""
+    options = ["a red circle", "--seed", "1", "-m", models["float"], "--mesh", "model=2", "--steps", "1000"]
+    options += ["--processes", "2", "--coordinator", f"127.0.0.1:{free_port()}", "--no-cache", "-o", tmp_path / "a.png"]
+    first, second = (start(command(*options, "--process", i, "-v"), devices=1) for i in range(2))
+    for line in second.stderr:  # the line that --verbose prints when the model is loaded
+        if "compiled programs" in line:
+            break
+    second.send_signal(signal.SIGKILL)
+    out, err = first.communicate(timeout=300)
+    assert first.returncode == 1, err
+    assert out == ""
+    assert "Another process of this run has stopped" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (tmp_path / "a.png").exists()
+    second.communicate()
+
+
+def test_processes_write_once(models, tmp_path):
+    options = [
+        "a red circle",
+        "-b",
+        3,
+        "--seed",
+        4,
+        "-m",
+        models["float"],
+        "--mesh",
+        "data=2",
+        "-o",
+        tmp_path / "{seed}.png",
+    ]
+    options += ["--processes", 2, "--coordinator", f"127.0.0.1:{free_port()}", "--no-cache"]
+    first, second = (start(command(*options, "--process", i), devices=1) for i in range(2))
+    said = [finish(process).splitlines() for process in (first, second)]  # Gloo, for CPUs only, speaks on stdout, too
+    assert [[Path(line).name for line in lines if line.endswith(".png")] for lines in said] == [
+        ["4.png", "5.png", "6.png"],
+        [],
+    ]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_no_weight_is_gathered_on_four_h100():
+    """The loop of FLUX.1-dev with ternary weights, compiled for four GPUs: sums of activations, and nothing else."""
+    if not any(map(importlib.util.find_spec, aot.PLUGINS)):
+        pytest.skip("needs the extra `aot`")
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from flux_jax.config import dev
+    from flux_jax.denoise import Conditions
+    from flux_jax.quantize import abstract_ternary
+
+    mesh = aot.mesh("h100", (1, 4), placement.AXES)
+    spread = placement.Spread(placement.abstract(abstract_ternary(dev(), jnp.bfloat16), mesh), mesh)
+
+    def array(*shape, dtype=jnp.float32, axes=("data",)):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    text, pooled = array(1, 1, 512, 4096, dtype=jnp.bfloat16), array(1, 1, 768, dtype=jnp.bfloat16)
+    conditions = Conditions(text, pooled, array(1), array(1), array(1, 2, 4608, 64))
+    sigmas = array(29, axes=())
+    compiled = aot.compile_for(mesh, spread.denoise, spread.leaves, array(1, 4096, 64), sigmas, conditions)
+    found = re.findall(r"= (.*) (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(.*", compiled.as_text())
+    kinds = [kind for _, kind in found]
+    assert set(kinds) == {"all-reduce", "all-gather"}
+    assert kinds.count("all-gather") == 3  # modulations, once before the loop
+    assert kinds.count("all-reduce") <= 5  # a double block's four, some joined into one, and a single block's
+    assert all("u8[" not in shape for shape, _ in found)
+    assert compiled.memory_analysis().argument_size_in_bytes < 3.2e9 / 3.4  # embedders and norms are whole everywhere
