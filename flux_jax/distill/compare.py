@@ -65,7 +65,8 @@ def compare(
             found = np.asarray(velocities(student, theirs[0], text, pooled, sigmas, rope, steps), np.float64)
             wrong[name] += np.square(found - expected).sum((0, 2, 3))
             differences[name].append(end(follow(student, noise, *given, False)) - ends[-1])
-    span = float(np.max(ends) - np.min(ends))
+    latents = np.concatenate(ends)
+    span = float(latents.max() - latents.min())
     return {
         name: {
             "velocity": [float(e / p) for e, p in zip(wrong[name], power, strict=True)],

@@ -53,7 +53,7 @@ class Options:
     learning_steps: int = option(3600, "steps of phase end_to_end")
     batch: int = option(64, "points of a step of phase end_to_end")
     accumulate: int = option(1, "parts that a batch is worked on in, for want of memory")
-    learning_rate: float = option(2e-3, "of latent weights")
+    learning_rate: float = option(6e-3, "of latent weights")
     scale_rate: float = option(0.3, "learning rate of scales, as a share of the latents' and of the scale itself")
     rest_rate: float = option(0.1, "learning rate of what stays floating, as a share of the latents'")
     warmup: float = option(0.02, "first share of a phase's steps, over which learning rates rise")
