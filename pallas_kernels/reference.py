@@ -63,14 +63,19 @@ def matmul(
     *,
     out_dtype: jnp.dtype,
     layer: Int32[Array, ""] | None = None,
-) -> Num[Array, "m n"]:
+    channels: tuple[int, int] | None = None,
+) -> Num[Array, "m channels"]:
     """(x @ codes.T) * row_scale[:, None] * scale + bias, with k = 4 kp: x's columns are padded as the weights' are.
 
-    x int8 comes with row_scale, floating x without. layer picks one of the stacked packed, scale and bias.
+    x int8 comes with row_scale, floating x without. layer picks one of the stacked packed, scale and bias;
+    channels are those to compute, from the first up to the second (default: all).
     """
     if layer is not None:
         packed, scale = packed[layer], scale[layer]
         bias = None if bias is None else bias[layer]
+    if channels is not None:
+        packed, scale = packed[slice(*channels)], scale[slice(*channels)]
+        bias = None if bias is None else bias[slice(*channels)]
     codes = jnp.asarray(unpack_ternary(packed, x.shape[-1]))
     if row_scale is None:
         y = floating_sums(x, codes)

@@ -25,6 +25,7 @@ class Plan(NamedTuple):
     activations: str
     settings: Settings | None  # of the Triton kernel; None runs in XLA
     interpret: bool
+    channels: tuple[int, int] | None  # of the output, from the first up to the second; None are all
 
 
 def ternary_matmul(
@@ -36,11 +37,13 @@ def ternary_matmul(
     activations: str = "bf16",
     implementation: str | None = None,
     layer: AnyArray | int | None = None,
+    channels: tuple[int, int] | None = None,
 ) -> Float[Array, "..."]:
     """x [..., k] times ternary weights -> [..., n] in x's dtype; k, n and the number of rows are any from 1 up.
 
     packed: uint8 [n, packed_width(k)]; scale: floating [n]; bias: floating [n] or None. With `layer`, an integer scalar
     array, they carry a leading axis of layers of which it picks one, so that a scan over layers copies no weights.
+    channels (first, last) computes those of y alone, [..., last - first], where the weights lie.
     activations: "bf16" multiplies by x as it is, in its own dtype (bfloat16, float16 or float32); "int8" quantizes each
     row of x by its largest magnitude and sums in exact integers.
     implementation: "xla", "triton", or None for what suits the device and the shape.
@@ -50,16 +53,19 @@ def ternary_matmul(
     """
     arrays: list[Any] = [None if a is None else jnp.asarray(a) for a in (x, packed, scale, bias, layer)]
     _check(*arrays, activations=activations)
-    plan = _plan(arrays[0], arrays[1], activations, implementation)
+    if channels is not None and not 0 <= channels[0] < channels[1] <= arrays[1].shape[-2]:
+        raise ValueError(f"channels is {channels}: expected first < last of packed's {arrays[1].shape[-2]} rows")
+    plan = _plan(arrays[0], arrays[1], activations, implementation, channels)
     return _compiled(plan, *_vary_alike(arrays))
 
 
-def _plan(x: Any, packed: Any, activations: str, implementation: str | None) -> Plan:
-    target, (*rows, k), n = current_target(), x.shape, packed.shape[-2]
+def _plan(x: Any, packed: Any, activations: str, implementation: str | None, channels: tuple[int, int] | None) -> Plan:
+    target, (*rows, k), (first, last) = current_target(), x.shape, channels or (0, packed.shape[-2])
     m, operand = math.prod(rows), "int8" if activations == "int8" else x.dtype.name
     if choose(implementation, target, m, operand) == "xla":
-        return Plan(activations, None, False)
-    return Plan(activations, choose_settings(target, m, n, k, operand), target.platform == "interpret")
+        return Plan(activations, None, False, channels)
+    settings = choose_settings(target, m, last - first, k, operand)
+    return Plan(activations, settings, target.platform == "interpret", channels)
 
 
 def _check(x: Any, packed: Any, scale: Any, bias: Any, layer: Any, *, activations: str) -> None:
@@ -105,7 +111,7 @@ def _product(plan: Plan, x, packed, scale, bias, layer):
         rows = jnp.pad(rows, ((0, 0), (0, 4 * width - k)))
     operands, options = (
         (rows, row_scale, packed, scale.astype(jnp.float32), bias),
-        {"out_dtype": x.dtype, "layer": layer},
+        {"out_dtype": x.dtype, "layer": layer, "channels": plan.channels},
     )
     if plan.settings is None:
         y = reference.matmul(*operands, **options)
@@ -123,8 +129,10 @@ def _forward(plan: Plan, x, packed, scale, bias, layer):
 def _backward(plan: Plan, saved, dy):
     x, packed, scale, bias, layer = saved
 
+    rows = slice(*plan.channels) if plan.channels else slice(None)
+
     def pick(a):
-        return a if layer is None else a[layer]
+        return (a if layer is None else a[layer])[rows]
 
     dy = dy.astype(jnp.float32)
     codes = unpack_ternary(pick(packed), x.shape[-1]).astype(x.dtype)
@@ -132,14 +140,16 @@ def _backward(plan: Plan, saved, dy):
     dx = jnp.matmul(dx, codes, preferred_element_type=jnp.float32).astype(x.dtype)
 
     def spread(gradient, like):
-        """To the shape that the layers are stacked in."""
+        """To the shape that the layers are stacked in, with zeros for channels that were not asked for."""
         gradient = gradient.astype(like.dtype)
-        return gradient if layer is None else jnp.zeros_like(like).at[layer].set(gradient)
+        if layer is None and plan.channels is None:
+            return gradient
+        return jnp.zeros_like(like).at[rows if layer is None else (layer, rows)].set(gradient)
 
-    rows = tuple(range(dy.ndim - 1))
+    leading = tuple(range(dy.ndim - 1))
     unscaled = _product(plan, x, packed, jnp.ones_like(scale), None, layer).astype(jnp.float32)
-    d_scale = spread((dy * unscaled).sum(rows), scale)
-    d_bias = None if bias is None else spread(dy.sum(rows), bias)
+    d_scale = spread((dy * unscaled).sum(leading), scale)
+    d_bias = None if bias is None else spread(dy.sum(leading), bias)
     none = np.zeros(packed.shape, jax.dtypes.float0)
     return dx, none, d_scale, d_bias, None if layer is None else np.zeros((), jax.dtypes.float0)
 

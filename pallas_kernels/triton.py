@@ -116,21 +116,24 @@ def _load(ref, mask=None):
     return plt.load(ref) if mask is None else plt.load(ref, mask=mask, other=0)
 
 
-def _matmul_kernel(layer, x, row_scale, packed, scale, bias, *refs, settings: Settings, interpret: bool, finish):
-    """One tile of block_m tokens times block_n channels; refs lie in global memory, None where there is no operand."""
-    m, (n, width) = x.shape[0], packed.shape[-2:]
+def _matmul_kernel(
+    layer, x, row_scale, packed, scale, bias, *refs, settings: Settings, interpret: bool, finish, first: int
+):
+    """One tile of block_m tokens times block_n channels; refs lie in global memory, None where there is no operand. The
+    first column of the output is channel `first`."""
+    m, n, width = *refs[-1].shape, packed.shape[-1]
     block_m, block_n, bytes_ = settings.block_m, settings.block_n, settings.block_k // PLANES
     row, column = _position(pl.cdiv(m, block_m), pl.cdiv(n, block_n))
     row, column = row * block_m, column * block_n
     tile = Tile(pl.ds(row, block_m), pl.ds(column, block_n), _within(row, block_m, m), _within(column, block_n, n))
     *extra, out = refs
-    stack = () if layer is None else (layer[0],)
+    stack, channels = () if layer is None else (layer[0],), pl.ds(first + column, block_n)
     total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
     def step(i, sums):
         start = i * bytes_
         real_bytes = _within(start, bytes_, width)
-        w = _load(packed.at[*stack, tile.columns, pl.ds(start, bytes_)], _both(tile.real_columns, real_bytes))
+        w = _load(packed.at[*stack, channels, pl.ds(start, bytes_)], _both(tile.real_columns, real_bytes))
         for plane in range(PLANES):
             tokens = _load(x.at[_activations(row, block_m, start, bytes_, plane)], _both(tile.real_rows, real_bytes))
             codes = unpack_plane(w, plane, x.dtype, interpret=interpret)
@@ -138,13 +141,11 @@ def _matmul_kernel(layer, x, row_scale, packed, scale, bias, *refs, settings: Se
         return sums
 
     sums = lax.fori_loop(0, pl.cdiv(width, bytes_), step, jnp.zeros((block_n, block_m), total))
-    values = (
-        sums.astype(jnp.float32) * (_load(scale.at[*stack, tile.columns], tile.real_columns) / unit(x.dtype))[:, None]
-    )
+    values = sums.astype(jnp.float32) * (_load(scale.at[*stack, channels], tile.real_columns) / unit(x.dtype))[:, None]
     if row_scale is not None:
         values *= _load(row_scale.at[tile.rows], tile.real_rows)[None, :]
     if bias is not None:
-        values += _load(bias.at[*stack, tile.columns], tile.real_columns).astype(jnp.float32)[:, None]
+        values += _load(bias.at[*stack, channels], tile.real_columns).astype(jnp.float32)[:, None]
     values = finish(extra, values, tile)
     plt.store(out.at[tile.rows, tile.columns], values.astype(out.dtype), mask=tile.mask)
 
@@ -256,15 +257,18 @@ def matmul(
     settings: Settings,
     out_dtype: DTypeLike,
     layer: Int[Array, ""] | None = None,
+    channels: tuple[int, int] | None = None,
     epilogue: fused.Epilogue | None = None,
     interpret: bool = False,
-) -> Num[Array, "m n"]:
+) -> Num[Array, "m channels"]:
     """x [m, 4 kp] times the transposed ternary weights, times their scale, plus the bias -> [m, n] in `out_dtype`.
 
-    `packed`, `scale` and `bias` may be stacked layers, of which `layer` picks one where they lie. `epilogue` is applied
-    to a tile before it is stored. `interpret` runs the kernel on any device. ValueError where x has other columns.
+    `packed`, `scale` and `bias` may be stacked layers, of which `layer` picks one where they lie; `channels` are those
+    to compute, from the first up to the second, or None for all. `epilogue` is applied to a tile before it is stored.
+    `interpret` runs the kernel on any device. ValueError where x has other columns.
     """
     (m, k), (n, kp) = x.shape, packed.shape[-2:]
+    first, last = channels or (0, n)
     if k != PLANES * kp:
         raise ValueError(f"x is {list(x.shape)}: packed {list(packed.shape)} needs rows of {PLANES * kp}")
     width = 0
@@ -278,10 +282,10 @@ def matmul(
     finish = functools.partial(_finish, **options, interpret=interpret)
     layers = None if layer is None else layer.astype(jnp.int32)[None]
     return _launch(
-        functools.partial(_matmul_kernel, settings=settings, interpret=interpret, finish=finish),
+        functools.partial(_matmul_kernel, settings=settings, interpret=interpret, finish=finish, first=first),
         [layers, x, row_scale, packed, scale, bias, *extra],
-        jax.ShapeDtypeStruct((m, n), out_dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
-        pl.cdiv(m, settings.block_m) * pl.cdiv(n, settings.block_n),
+        jax.ShapeDtypeStruct((m, last - first), out_dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
+        pl.cdiv(m, settings.block_m) * pl.cdiv(last - first, settings.block_n),
         interpret,
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,

