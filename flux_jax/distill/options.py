@@ -49,7 +49,7 @@ class Options:
     block_steps: int = option(300, "steps for each block of phase blockwise")
     block_points: int = option(8192, "points whose hidden states phase blockwise keeps")
     block_batch: int = option(64, "points of a step")
-    block_learning_rate: float = option(3e-3, "of latent weights")
+    block_learning_rate: float = option(1e-2, "of latent weights")
     learning_steps: int = option(3600, "steps of phase end_to_end")
     batch: int = option(64, "points of a step of phase end_to_end")
     accumulate: int = option(1, "parts that a batch is worked on in, for want of memory")
