@@ -26,7 +26,7 @@ from flux_jax.distill import store, student
 from flux_jax.distill.training import Fit, Plan
 from flux_jax.distill.trajectories import Trajectories
 from flux_jax.distill.workspace import Workspace
-from flux_jax.models.blocks import DoubleBlock
+from flux_jax.models.blocks import DoubleBlock, SingleBlock
 from flux_jax.models.transformer import Transformer
 from flux_jax.parts import dotted
 
@@ -39,6 +39,7 @@ def apply(
         txt, img = x[:, :text_tokens], x[:, text_tokens:]
         img, txt = block(img, txt, block.img.mod(vec), block.txt.mod(vec), rope)
         return jnp.concatenate([txt, img], axis=1)
+    assert isinstance(block, SingleBlock)
     return block(x, block.mod(vec), rope)
 
 

@@ -21,6 +21,7 @@ from flux_jax.distill.blockwise import in_dtype
 from flux_jax.distill.training import Fit, Plan
 from flux_jax.distill.trajectories import Trajectories
 from flux_jax.distill.workspace import Workspace
+from flux_jax.models.transformer import Transformer
 from flux_jax.parts import abstract_part, assemble
 
 Read = Callable[[list[str]], Mapping[str, np.ndarray]]
@@ -65,7 +66,7 @@ def blockwise(work: Workspace) -> Read:
                 arrays[name] = np.asarray(store.open_store(folder / f"{kind}.{index}")[inner])
             else:
                 rest.append(name)
-        return arrays | outside(rest) if rest else arrays
+        return arrays | dict(outside(rest)) if rest else arrays
 
     return read
 
@@ -75,6 +76,7 @@ def build(work: Workspace, read: Read) -> tuple[Any, Any]:
     rows = meshes.by_row(work.mesh)
     change = functools.partial(student.student_of, prefix="", options=work.options, rows=rows)
     module = abstract_part("transformer", work.config, change=change)
+    assert isinstance(module, Transformer)
     module.rematerialise = work.options.rematerialise
     whole = assemble(module, lambda names: read(names), sharding=lambda _, shape: meshes.parameter(work.mesh, shape))
     graph, state = nnx.split(whole)

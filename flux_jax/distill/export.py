@@ -4,7 +4,7 @@ In: the student's parameters and the teacher's checkpoint. Out: a checkpoint dir
 the student computed; every other part and the tokenizers are the teacher's, byte for byte.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def as_stored(work: Workspace, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def stacked_leaves(work: Workspace, params: Any):
+def stacked_leaves(work: Workspace, params: Any) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of the student's transformer as it is stored, one stacked leaf at a time from the devices."""
     table = work.teacher.table("transformer")
     flat = dict(nnx.to_flat_state(nnx.State(params)))
@@ -46,14 +46,13 @@ def stacked_leaves(work: Workspace, params: Any):
         if last == "latent":
             whole = meshes.fetch((leaf, flat[(*path[:-1], "log_scale")]))
             codes, scale = student.finished(*map(jnp.asarray, whole))
-            packed = pack_ternary(np.asarray(codes))
-            yield f"{name}.packed", packed
+            yield f"{name}.packed", np.asarray(pack_ternary(np.asarray(codes)))
             yield f"{name}.scale", np.asarray(scale, np.float32)
         else:
             value = np.asarray(meshes.fetch(leaf))
             full = f"{name}.{last}" if name else str(last)
             stored = table[full if full in table else (layer_names(full, 1) or [full])[0]][0]
-            yield full, value.astype(stored)
+            yield full, np.asarray(value.astype(stored))
 
 
 def export(work: Workspace, params: Any, out: Path, about: Mapping[str, Any], overwrite: bool) -> None:

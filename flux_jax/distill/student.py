@@ -108,8 +108,8 @@ def replace_linears(module: nnx.Module, prefix: str, options: Options, make: Cal
         if is_ternary(name) and (options.modulation or path[-1] != "mod"):
             parent = module
             for key in path[:-1]:
-                parent = getattr(parent, key)
-            setattr(parent, path[-1], make(name, linear))
+                parent = getattr(parent, str(key))
+            setattr(parent, str(path[-1]), make(name, linear))
     return module
 
 
