@@ -53,7 +53,8 @@ def version_of(package: str) -> str | None:
 
 def numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: "0.10.2.dev1" as (0, 10, 2)."""
-    return tuple(int(n) for n in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")) if version[:1].isdigit() else ()
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
 
 
 def python() -> Finding:
@@ -147,10 +148,9 @@ def device_memory() -> Finding:
     import jax
 
     first = jax.local_devices()[0]
-    size = memory.capacity(first)
-    if first.platform == "cpu" or size is None:
+    size, free = memory.capacity(first), memory.free(first)
+    if first.platform == "cpu" or size is None or free is None:
         return Finding("GPU memory", "note", "no GPU")
-    free = memory.free(first)
     return Finding("GPU memory", "ok", f"{free / GIGABYTE:.1f} of {size / GIGABYTE:.1f} GB free")
 
 

@@ -114,12 +114,12 @@ class FluxPipeline:
     def _encode(self, stages: Stages, prompts: list[str], length: int) -> list[tuple[jax.Array, jax.Array]]:
         """(text [1, t, d], pooled [1, p]) of each prompt; those of the last call are not computed again."""
         new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, length) not in self._encoded]
-        if new and (self.t5 is None or self.clip is None or self.tokenizers is None):
-            raise UserError(
-                "The text encoders were freed; pass prompt_embeds and pooled_prompt_embeds, or load the model again."
-            )
         known = {prompt: self._encoded[prompt, length] for prompt in prompts if prompt not in new}
         if new:
+            if self.t5 is None or self.clip is None or self.tokenizers is None:
+                raise UserError(
+                    "The text encoders were freed; pass prompt_embeds and pooled_prompt_embeds, or load the model anew."
+                )
             for prompt in new:
                 if notice := self.tokenizers.truncation_warning(prompt, length):
                     warnings.warn(notice, stacklevel=5)

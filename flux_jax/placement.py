@@ -111,7 +111,7 @@ class Gathered(nnx.Module):
         return jax.lax.all_gather(y, "model", axis=y.ndim - 1, tiled=True)
 
 
-def split(transformer: nnx.Module, model: int) -> nnx.Module:
+def split(transformer: Any, model: int) -> Any:
     """The transformer as one device of `model` sees it inside `jax.shard_map`; its leaves are shared."""
     whole = transformer.config
     if model == 1:

@@ -145,7 +145,7 @@ class Planner:
         sizes = {"rows": self.rows, "columns": self.columns, "strip_bytes": strip_bytes}
         return self.program(denoise.decode, self.model.part("vae"), x, **sizes)
 
-    def array(self, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    def array(self, *shape: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def program(self, function: Any, *args: Any, **static: Any) -> int:

@@ -57,8 +57,10 @@ class Stages:
         """What a program needs beside its arguments and what is free on the device, in words; "" where that is enough.
         Known before it runs: on a CPU the system would rather kill the process than refuse the memory."""
         found, free = compiled.memory_analysis(), memory.free(next(iter(self.device.device_set)))
+        if found is None or free is None:
+            return ""
         needed = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        return "" if free is None or needed <= free else f" ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)"
+        return "" if needed <= free else f" ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)"
 
     def lend(self, module: nnx.Module) -> nnx.Module:
         """A part where programs run: there for good, or until the last reference to what is returned has gone."""
