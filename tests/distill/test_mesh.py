@@ -24,7 +24,7 @@ import dataclasses, tiny_distillation as tiny
 folder, found = pathlib.Path(sys.argv[1]), {}
 own = dict(batch=8, block_batch=8, phases="end_to_end", learning_steps=6, log_every=1, ema=0.5)
 options = dataclasses.replace(tiny.OPTIONS, **own)
-for name, shape in {"one": (1, 1), "data": (8, 1), "both": (2, 4)}.items():
+for name, shape in {"one": (1, 1), "several": (2, 4)}.items():
     count = shape[0] * shape[1]
     made = lambda *_: jax.make_mesh(shape, meshes.AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:count])
     meshes.make = made
@@ -62,11 +62,11 @@ def test_eight_devices_have_one_devices_losses(folder):
     found = json.loads(done.stdout.splitlines()[-1])
     one = found.pop("one")
     assert len(one["losses"]) == 6 and one["losses"][-1] < one["losses"][0]
-    for name, share in (("data", 1), ("both", 1 / 4)):
-        assert found[name]["devices"] == 8 and found[name]["share"] == share
-        np.testing.assert_allclose(found[name]["losses"], one["losses"], rtol=2e-3)
-        np.testing.assert_allclose(found[name]["losses"][0], one["losses"][0], rtol=1e-5)
-        assert found[name]["sum"] == pytest.approx(one["sum"], rel=1e-3)
+    several = found["several"]
+    assert several["devices"] == 8 and several["share"] == 1 / 4
+    np.testing.assert_allclose(several["losses"], one["losses"], rtol=1e-4)
+    np.testing.assert_allclose(several["losses"][0], one["losses"][0], rtol=1e-5)
+    assert several["sum"] == pytest.approx(one["sum"], rel=1e-3)
 
 
 def losses(out):
