@@ -152,6 +152,7 @@ def kernels(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterat
     for n in (3 * d, 3 * d + hidden):
         rope = array(jnp.float32, 2, m, head // 2)
         yield product("matmul, norm, rotary", m, n, d, "int8", fused.NormRotary(norm, norm, rope, d))
+    yield product("matmul, gelu", m, hidden, d, "int8", fused.Gelu())
     yield product("matmul, gelu, int8", m, hidden, d, "int8", fused.GeluQuantize(array(jnp.float32)))
 
 

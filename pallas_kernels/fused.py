@@ -28,8 +28,12 @@ class GatedResidual(NamedTuple):
     residual: Float[Array, "m n"]
 
 
+class Gelu(NamedTuple):
+    """gelu(y): the hidden layer of an MLP. tanh's form of GELU."""
+
+
 class GeluQuantize(NamedTuple):
-    """gelu(y) / step, rounded to int8: the hidden layer of an MLP, for the next product. tanh's form of GELU.
+    """gelu(y) / step, rounded to int8: the hidden layer of an MLP, ready for the next product.
 
     `step` is one number for the whole layer, calibrated in advance: the largest value of a row is not known to a kernel
     that sees a part of its channels.
@@ -50,7 +54,7 @@ class NormRotary(NamedTuple):
     width: int
 
 
-Epilogue = GatedResidual | GeluQuantize | NormRotary
+Epilogue = GatedResidual | Gelu | GeluQuantize | NormRotary
 
 
 def finish(y: Float32[Array, "m n"], epilogue: Epilogue | None) -> Float32[Array, "m n"]:
@@ -60,6 +64,8 @@ def finish(y: Float32[Array, "m n"], epilogue: Epilogue | None) -> Float32[Array
             return y
         case GatedResidual(gate, residual):
             return residual.astype(jnp.float32) + gate.astype(jnp.float32)[None] * y
+        case Gelu():
+            return jax.nn.gelu(y, approximate=True)
         case GeluQuantize(step):
             return jnp.clip(jnp.round(jax.nn.gelu(y, approximate=True) / step), -127, 127)
         case NormRotary(query, key, rope, width):
@@ -110,24 +116,30 @@ def fused_matmul(
     packed: UInt8[Array, "*layers n kp"],
     scale: Float32[Array, "*layers n"],
     bias: Float[Array, "*layers n"] | None,
-    epilogue: Epilogue,
+    epilogue: Epilogue | None = None,
     *,
     out_dtype: DTypeLike = jnp.bfloat16,
     layer: Int[Array, ""] | None = None,
+    channels: tuple[int, int] | None = None,
     implementation: str | None = None,
-) -> Num[Array, "m n"]:
+) -> Num[Array, "m channels"]:
     """(x @ codes.T) * row_scale[:, None] * scale + bias, then the epilogue -> [m, n]; int8 from GeluQuantize.
 
-    x has 4 kp columns, int8 with `row_scale` or floating without; `layer` picks one of the stacked weights.
+    x is int8 with `row_scale` or floating without, of at most 4 kp columns; `layer` picks one of the stacked weights,
+    `channels` those of the output to compute, from the first up to the second.
     """
-    target, (n, width) = current_target(), packed.shape[-2:]
+    target, k = current_target(), 4 * packed.shape[-1]
+    first, last = channels or (0, packed.shape[-2])
     out_dtype = jnp.int8 if isinstance(epilogue, GeluQuantize) else out_dtype
+    if x.shape[1] != k:
+        x = jnp.pad(x, ((0, 0), (0, k - x.shape[1])))
     if choose(implementation, target, len(x), x.dtype.name) == "triton":
         from pallas_kernels import triton
 
-        settings = epilogue_settings(choose_settings(target, len(x), n, 4 * width, x.dtype.name), epilogue)
-        options = {"settings": settings, "out_dtype": out_dtype, "interpret": target.platform == "interpret"}
-        return triton.matmul(x, row_scale, packed, scale, bias, layer=layer, epilogue=epilogue, **options)
-    layer = None if layer is None else layer.astype(jnp.int32)
-    y = reference.matmul(x, row_scale, packed, scale, bias, out_dtype=jnp.dtype(jnp.float32), layer=layer)
+        settings = epilogue_settings(choose_settings(target, len(x), last - first, k, x.dtype.name), epilogue)
+        how = {"settings": settings, "out_dtype": out_dtype, "interpret": target.platform == "interpret"}
+        operands = x, row_scale, packed, scale, bias
+        return triton.matmul(*operands, layer=layer, channels=channels, epilogue=epilogue, **how)
+    how = {"layer": None if layer is None else layer.astype(jnp.int32), "channels": channels}
+    y = reference.matmul(x, row_scale, packed, scale, bias, out_dtype=jnp.dtype(jnp.float32), **how)
     return finish(y, epilogue).astype(out_dtype)

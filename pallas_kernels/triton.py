@@ -159,6 +159,8 @@ def _finish(refs, values, tile: Tile, *, kind: type | None, width: int, dtype: D
         gate, residual = refs
         gated = (values * _load(gate.at[tile.columns], tile.real_columns).astype(jnp.float32)[:, None]).T
         return _load(residual.at[tile.rows, tile.columns], tile.mask).astype(jnp.float32) + gated
+    if kind is fused.Gelu:
+        return jax.nn.gelu(values, approximate=True).T
     if kind is fused.GeluQuantize:
         (step,) = refs
         return _round(jax.nn.gelu(values, approximate=True) / step[0], interpret=interpret).T
@@ -224,9 +226,16 @@ def _norm_modulate_quantize_kernel(x, shift, scale, q, row_scale, *, interpret: 
 
 
 def _launch(
-    kernel: functools.partial, operands: list[Array | None], out: Any, grid: int, interpret: bool, **compiler: int
+    kernel: functools.partial,
+    operands: list[Array | None],
+    out: Any,
+    grid: int,
+    interpret: bool,
+    reused: int | None = None,
+    **compiler: int,
 ):
-    """Runs `kernel` over whole operands in global memory; an operand that is None reaches the kernel as None."""
+    """Runs `kernel` over whole operands in global memory; an operand that is None reaches the kernel as None. `reused`
+    is the one in whose place the output may be written."""
     given = [operand for operand in operands if operand is not None]
 
     def body(*refs):
@@ -242,6 +251,7 @@ def _launch(
         in_specs=[anywhere] * len(given),
         out_specs=jax.tree.map(lambda _: anywhere, out),
         compiler_params=plt.CompilerParams(**compiler),
+        input_output_aliases={} if reused is None else {sum(a is not None for a in operands[:reused]): 0},
         interpret=interpret,
         name=kernel.func.__name__.removeprefix("_").removesuffix("_kernel"),
     )(*given)
@@ -278,15 +288,18 @@ def matmul(
             raise ValueError(f"block_n is {settings.block_n}: expected {len(epilogue.query)}, one head of NormRotary")
     extra = [jnp.atleast_1d(a) for a in epilogue or () if isinstance(a, jax.Array)]
     extra = [a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a for a in extra]  # cosines, and then sines
-    options = {"kind": type(epilogue) if epilogue else None, "width": width, "dtype": out_dtype}
+    options = {"kind": None if epilogue is None else type(epilogue), "width": width, "dtype": out_dtype}
     finish = functools.partial(_finish, **options, interpret=interpret)
-    layers = None if layer is None else layer.astype(jnp.int32)[None]
+    operands = [None if layer is None else layer.astype(jnp.int32)[None], x, row_scale, packed, scale, bias, *extra]
+    # Each program reads its own tile of the residual and no other: a loop then needs no copy of what it carries.
+    in_place = isinstance(epilogue, fused.GatedResidual) and epilogue.residual.dtype == jnp.dtype(out_dtype)
     return _launch(
         functools.partial(_matmul_kernel, settings=settings, interpret=interpret, finish=finish, first=first),
-        [layers, x, row_scale, packed, scale, bias, *extra],
+        operands,
         jax.ShapeDtypeStruct((m, last - first), out_dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
         pl.cdiv(m, settings.block_m) * pl.cdiv(last - first, settings.block_n),
         interpret,
+        len(operands) - 1 if in_place else None,
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
     )

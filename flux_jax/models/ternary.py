@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int8
 
 from pallas_kernels import pack_ternary, ternary_matmul, unpack_ternary
+from pallas_kernels.fused import Epilogue, fused_matmul
 from pallas_kernels.settings import ACTIVATIONS
 
 
@@ -51,6 +52,24 @@ class TernaryLinear(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         how = {"activations": self.activations, "implementation": self.implementation, "layer": self.layer}
         return ternary_matmul(x, self.packed[...], self.scale[...], bias, channels=channels, **how)
+
+    @property
+    def d_out(self) -> int:
+        return self.packed.shape[-2]
+
+    def of_rows(
+        self,
+        rows: Int8[Array, "m i"],
+        row_scale: Float32[Array, " m"],
+        dtype: Any,
+        epilogue: Epilogue | None = None,
+        channels: tuple[int, int] | None = None,
+    ) -> Float[Array, "m o"]:
+        """The same of rows that are int8 already, rows * row_scale[:, None], in `dtype`, with an epilogue of
+        `pallas_kernels.fused`. Has no gradients."""
+        operands = self.packed[...], self.scale[...], None if self.bias is None else self.bias[...], epilogue
+        how = {"layer": self.layer, "channels": channels, "implementation": self.implementation}
+        return fused_matmul(rows, row_scale, *operands, out_dtype=dtype, **how)
 
     def dense(self, dtype: Any = jnp.float32) -> Array:
         """The weight matrix that this layer stands for, codes * scale, [..., n, k]."""

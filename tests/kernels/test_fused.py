@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels import pack_ternary, triton
-from pallas_kernels.fused import EPS, GatedResidual, GeluQuantize, NormRotary, fused_matmul, norm_modulate_quantize
+from pallas_kernels.fused import (
+    EPS,
+    GatedResidual,
+    Gelu,
+    GeluQuantize,
+    NormRotary,
+    fused_matmul,
+    norm_modulate_quantize,
+)
 from pallas_kernels.settings import Settings
 
 HEAD = 16
@@ -59,9 +67,21 @@ def test_gated_residual(implementation):
     np.testing.assert_allclose(got, residual + gate * y, rtol=TOLERANCE, atol=TOLERANCE * np.abs(y).max())
 
 
+def gelu_of(y):
+    return 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+
+
+def test_gelu_of_some_channels(implementation):
+    arguments, y = product(7, 40, 128)
+    how = {"out_dtype": jnp.float32, "implementation": implementation, "channels": (16, 37)}
+    expected = gelu_of(y)[:, 16:37]
+    got = fused_matmul(*arguments, Gelu(), **how)
+    np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(y).max())
+
+
 def test_gelu_quantize(implementation):
     arguments, y = product(7, 40, 128)
-    gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    gelu = gelu_of(y)
     step = np.float32(gelu.max() / 200)  # so that some values are beyond 127 steps
     got = fused_matmul(*arguments, GeluQuantize(jnp.asarray(step)), implementation=implementation)
     assert got.dtype == jnp.int8 and np.asarray(got).max() == 127

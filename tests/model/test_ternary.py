@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flux_jax.models.ternary import PackedTernary, TernaryLinear
 from flux_jax.parts import abstract_part, assemble, dotted, leaf_table, leaves
 from flux_jax.quantize import abstract_ternary, is_ternary, quantize_transformer, replace_linears, ternarize
 from flux_jax.sampling import position_ids
-from pallas_kernels import packed_width
+from pallas_kernels import Target, compiling_for, packed_width
 
 ROUNDING = 1e-5  # of float32, relative to the largest value: the same sums in another order
 INT8 = 0.03  # relative RMS error of the velocity: each activation rounded by up to 1/254 of its row's largest
@@ -42,7 +43,6 @@ def rounded(transformer):
     return replace_linears(transformer, change)
 
 
-@jax.jit
 def velocity(transformer, key):
     """Of random tokens: 2 x 3 image tokens, 5 of text."""
     config = transformer.config
@@ -56,7 +56,13 @@ def velocity(transformer, key):
 
 
 def run(transformer):
-    return np.asarray(velocity(transformer, jax.random.key(5)))
+    return np.asarray(jax.jit(lambda *args: velocity(*args))(transformer, jax.random.key(5)))  # nothing traced before
+
+
+def kernels(transformer):
+    """How often each kernel of Triton's stands in the program: once for all blocks of a kind, which are scanned."""
+    program = str(jax.make_jaxpr(lambda *args: velocity(*args))(transformer, jax.random.key(5)))
+    return Counter(re.findall(r"\bname=(matmul|norm_modulate_quantize)\b", program))
 
 
 def relative_rms(actual, expected):
@@ -69,6 +75,20 @@ def test_velocity_is_that_of_the_dequantized_weights(dense):
     assert np.abs(exact - expected).max() <= ROUNDING * np.abs(expected).max()
     int8 = run(quantize_transformer(dense, activations="int8"))
     assert 1e-4 < relative_rms(int8, expected) < INT8
+
+
+def test_triton_gives_the_velocity_of_xla(dense):
+    """A norm in front of each product or pair of products, a kernel for each product; layers that are told to take XLA
+    take it for the norms in front of them, too."""
+    model = quantize_transformer(dense, activations="int8")
+    expected = run(model)
+    with compiling_for(Target("interpret", "9.0")):
+        assert kernels(model) == {"norm_modulate_quantize": 4 + 1, "matmul": 3 + 8 + 3}
+        assert np.abs(run(model) - expected).max() <= ROUNDING * np.abs(expected).max()
+        for _, layer in nnx.iter_modules(model):
+            if isinstance(layer, TernaryLinear):
+                layer.implementation = "xla"
+        assert not kernels(model)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

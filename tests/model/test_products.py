@@ -1,0 +1,76 @@
+"""A ternary product fused with what stands around it, against the same parts one by one: values, gradients, batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flux_jax.models.linear import layer_norm
+from flux_jax.models.products import gated, modulated
+from flux_jax.models.ternary import TernaryLinear
+from pallas_kernels import Target, compiling_for
+from pallas_kernels.fused import Gelu
+
+B, T, D, N, CUT = 2, 5, 40, 72, 24
+ROUNDING = 1e-5  # of float32, relative to the largest value
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def ternary(d_out, activations="int8"):
+    codes = jnp.asarray(np.random.default_rng(1).integers(-1, 2, (d_out, D), np.int8))
+    return TernaryLinear.from_codes(codes, 1 + draw(2, d_out) / 4, draw(3, d_out), activations=activations)
+
+
+def both(linear, x, shift, scale):
+    return jnp.concatenate(modulated(linear, x, shift, scale, (CUT, None), (N - CUT, Gelu())), axis=-1)
+
+
+def by_parts(linear, x, shift, scale):
+    y = linear(layer_norm(x, 1e-6) * (1 + scale[:, None]) + shift[:, None])
+    return jnp.concatenate([y[..., :CUT], jax.nn.gelu(y[..., CUT:], approximate=True)], axis=-1)
+
+
+def back(linear, x, gate, residual):
+    return gated(linear, x, gate, residual)
+
+
+def back_by_parts(linear, x, gate, residual):
+    return residual + gate[:, None] * linear(x)
+
+
+FRONT = (both, by_parts, (3 * draw(4, B, T, D) + 1, draw(5, B, D), draw(6, B, D)))
+BACK = (back, back_by_parts, (draw(4, B, T, D), draw(5, B, N), draw(6, B, T, N)))
+
+
+def close(actual, expected):
+    assert np.abs(np.asarray(actual - expected)).max() <= ROUNDING * np.abs(np.asarray(expected)).max()
+
+
+@pytest.mark.parametrize("activations", ["bf16", "int8"])
+@pytest.mark.parametrize(("fused", "parts", "args"), [FRONT, BACK], ids=["modulated", "gated"])
+def test_values_are_those_of_the_parts(fused, parts, args, activations):
+    linear = ternary(N, activations)
+    expected = jax.jit(parts)(linear, *args)
+    close(jax.jit(fused)(linear, *args), expected)
+    with compiling_for(Target("interpret", "9.0")):
+        close(jax.jit(lambda *a: fused(*a))(linear, *args), expected)
+
+
+@pytest.mark.parametrize(("fused", "parts", "args"), [FRONT, BACK], ids=["modulated", "gated"])
+def test_gradients_are_those_of_the_parts(fused, parts, args):
+    """Straight through the rounding, as of `ternary_matmul`, for the activations and all that is not packed."""
+    linear, dy = ternary(N), draw(7, B, T, N)
+
+    def gradients(product):
+        def loss(scale, bias, *args):
+            layer = TernaryLinear(linear.packed[...], scale, bias, d_in=D, activations="int8")
+            return (product(layer, *args) * dy).sum()
+
+        return jax.jit(jax.grad(loss, argnums=range(5)))(linear.scale[...], linear.bias[...], *args)
+
+    for ours, theirs in zip(gradients(fused), gradients(parts), strict=True):
+        assert np.abs(np.asarray(theirs)).max() > 0
+        close(ours, theirs)
