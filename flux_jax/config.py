@@ -191,6 +191,7 @@ def nano() -> FluxConfig:
             num_single_blocks=4,
             text_dim=128,
             pooled_dim=64,
+            in_channels=16,
             axes_dim=(8, 12, 12),
             timestep_dim=256,
         ),
@@ -199,7 +200,12 @@ def nano() -> FluxConfig:
             vocab_size=512, hidden_size=64, mlp_dim=256, num_heads=2, num_layers=2, max_positions=16, eos_token_id=2
         ),
         vae=VAEConfig(
-            channels=(16, 16, 32, 64), layers_per_block=1, norm_groups=8, scaling_factor=1.0, shift_factor=0.0
+            latent_channels=4,
+            channels=(16, 16, 32, 64),
+            layers_per_block=1,
+            norm_groups=8,
+            scaling_factor=1.0,
+            shift_factor=0.0,
         ),
         sampling=SamplingConfig(
             base_seq_len=64,

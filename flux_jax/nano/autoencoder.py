@@ -32,7 +32,7 @@ from flux_jax.nano.runs import Folder
 from flux_jax.nano.world import render
 from flux_jax.parts import leaves
 
-KL_WEIGHT = 1e-3
+KL_WEIGHT = 6e-4
 LEARNING_RATE = 5e-3
 WARM_UP = 100  # steps
 CROP, CROPS = 64, 4  # edge and number of the pictures of a step, while training on crops ...

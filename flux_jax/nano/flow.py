@@ -48,7 +48,7 @@ class Recipe:
     decay: float = 0.3  # the last share of the steps, over which the learning rate falls to zero
     ema: float = 0.999
     dropout: float = 0.1  # share of empty captions
-    examples: int = 65_536
+    examples: int = 49_152
     guidance_max: float = 6.0  # phase `guidance` draws g from [1, guidance_max]
     seed: int = 0
 

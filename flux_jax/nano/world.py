@@ -35,7 +35,7 @@ BACKGROUNDS: tuple[tuple[int, int, int], ...] = (
 COLOR_JITTER = 10  # uniform, each channel of an object
 BACKGROUND_JITTER = 5  # uniform, one shift for all three channels
 GAP = 0.035  # least distance between the boxes of two objects, and from a box to the picture's edge
-SIZES = {1: (0.19, 0.28), 2: (0.15, 0.20), 3: (0.13, 0.17), 4: (0.125, 0.16)}  # range of sizes by number of objects
+SIZES = {1: (0.24, 0.34), 2: (0.18, 0.23), 3: (0.16, 0.19), 4: (0.15, 0.175)}  # range of sizes by number of objects
 
 Tint = tuple[float, float, float]
 
