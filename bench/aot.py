@@ -126,17 +126,15 @@ def kernels(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterat
     def product(name: str, m: int, n: int, k: int, operand: str, epilogue: Any = None) -> Case:
         settings = fused.epilogue_settings(choose_settings(target, m, n, k, operand), epilogue)
         out_dtype = jnp.int8 if isinstance(epilogue, fused.GeluQuantize) else jnp.bfloat16
-        extra = [part for part in epilogue or () if isinstance(part, jax.ShapeDtypeStruct)]
-        constants = tuple(epilogue or ())[len(extra) :]
 
         def function(*args: Any) -> Any:
-            whole = epilogue and type(epilogue)(*args[5:], *constants)
+            whole = None if epilogue is None else type(epilogue)(*args[5:])
             return triton.matmul(*args[:5], settings=settings, out_dtype=out_dtype, epilogue=whole)
 
         row_scale = array(jnp.float32, m) if operand == "int8" else None
         weights = array(jnp.uint8, n, packed_width(k)), array(jnp.float32, n), array(jnp.bfloat16, n)
         labels = {"kernel": name, "m": m, "n": n, "k": k, "operand": operand} | dataclasses.asdict(settings)
-        return Case(labels, function, (array(operand, m, k), row_scale, *weights, *extra))
+        return Case(labels, function, (array(operand, m, k), row_scale, *weights, *(epilogue or ())))
 
     for n, k in wanted or shapes(config):
         for m in ROWS:
@@ -149,9 +147,8 @@ def kernels(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterat
     )
     for k in (d, hidden, d + hidden):
         yield product("matmul, gate, residual", m, d, k, "int8", fused.GatedResidual(vector, tokens))
-    for n in (3 * d, 3 * d + hidden):
-        rope = array(jnp.float32, 2, m, head // 2)
-        yield product("matmul, norm, rotary", m, n, d, "int8", fused.NormRotary(norm, norm, rope, d))
+    rope = array(jnp.float32, 2, m, head // 2)
+    yield product("matmul, norm, rotary", m, d, d, "int8", fused.NormRotary(norm, rope))
     yield product("matmul, gelu", m, hidden, d, "int8", fused.Gelu())
     yield product("matmul, gelu, int8", m, hidden, d, "int8", fused.GeluQuantize(array(jnp.float32)))
 

@@ -43,15 +43,13 @@ class GeluQuantize(NamedTuple):
 
 
 class NormRotary(NamedTuple):
-    """RMSNorm and rotary embedding of each head of queries and keys: columns [q | k | anything else], behind qkv.
+    """RMSNorm and rotary embedding of every head, behind the channels of the queries, or of the keys.
 
-    query, key: the norms' weights [h]; rope: cosines and sines [2, m, h / 2]; width: columns of q, and of k.
+    weight: the norm's [h]; rope: cosines and sines [2, m, h / 2].
     """
 
-    query: Float[Array, " h"]
-    key: Float[Array, " h"]
+    weight: Float[Array, " h"]
     rope: Float32[Array, "2 m half"]
-    width: int
 
 
 Epilogue = GatedResidual | Gelu | GeluQuantize | NormRotary
@@ -68,18 +66,13 @@ def finish(y: Float32[Array, "m n"], epilogue: Epilogue | None) -> Float32[Array
             return jax.nn.gelu(y, approximate=True)
         case GeluQuantize(step):
             return jnp.clip(jnp.round(jax.nn.gelu(y, approximate=True) / step), -127, 127)
-        case NormRotary(query, key, rope, width):
-            parts = y[:, :width], y[:, width : 2 * width]
-            turned = [_norm_rotary(part, w, rope) for part, w in zip(parts, (query, key), strict=True)]
-            return jnp.concatenate([*turned, y[:, 2 * width :]], axis=1)
-
-
-def _norm_rotary(y: Float32[Array, "m w"], weight: Float[Array, " h"], rope: Float32[Array, "2 m half"]):
-    heads = y.reshape(len(y), -1, len(weight))
-    heads = heads * lax.rsqrt(jnp.square(heads).mean(-1, keepdims=True) + EPS) * weight.astype(jnp.float32)[None, None]
-    even, odd = jnp.unstack(heads.reshape(*heads.shape[:-1], -1, 2), axis=-1)
-    cos, sin = rope[:, :, None]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(y.shape)
+        case NormRotary(weight, rope):
+            heads = y.reshape(len(y), -1, len(weight))
+            norm = lax.rsqrt(jnp.square(heads).mean(-1, keepdims=True) + EPS)
+            heads = heads * norm * weight.astype(jnp.float32)[None, None]
+            even, odd = jnp.unstack(heads.reshape(*heads.shape[:-1], -1, 2), axis=-1)
+            cos, sin = rope[:, :, None]
+            return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(y.shape)
 
 
 def epilogue_settings(settings: Settings, epilogue: Epilogue | None) -> Settings:
@@ -87,7 +80,7 @@ def epilogue_settings(settings: Settings, epilogue: Epilogue | None) -> Settings
     that registers suffice and, on a Hopper, a second tile multiplies while the first one ends."""
     if epilogue is None:
         return settings
-    most = len(epilogue.query) if isinstance(epilogue, NormRotary) else min(128, settings.block_n)
+    most = len(epilogue.weight) if isinstance(epilogue, NormRotary) else min(128, settings.block_n)
     return dataclasses.replace(settings, block_n=most)
 
 
@@ -136,10 +129,13 @@ def fused_matmul(
     if choose(implementation, target, len(x), x.dtype.name) == "triton":
         from pallas_kernels import triton
 
-        settings = epilogue_settings(choose_settings(target, len(x), last - first, k, x.dtype.name), epilogue)
-        how = {"settings": settings, "out_dtype": out_dtype, "interpret": target.platform == "interpret"}
-        operands = x, row_scale, packed, scale, bias
-        return triton.matmul(*operands, layer=layer, channels=channels, epilogue=epilogue, **how)
+        head = len(epilogue.weight) if isinstance(epilogue, NormRotary) else 16
+        inside = epilogue if head >= 16 and head & (head - 1) == 0 else None  # no tile has another head's width
+        how = {"layer": layer, "channels": channels, "interpret": target.platform == "interpret"}
+        how["settings"] = epilogue_settings(choose_settings(target, len(x), last - first, k, x.dtype.name), inside)
+        how["out_dtype"] = out_dtype if inside is epilogue else jnp.float32
+        y = triton.matmul(x, row_scale, packed, scale, bias, epilogue=inside, **how)
+        return y if inside is epilogue else finish(y, epilogue).astype(out_dtype)
     how = {"layer": None if layer is None else layer.astype(jnp.int32), "channels": channels}
     y = reference.matmul(x, row_scale, packed, scale, bias, out_dtype=jnp.dtype(jnp.float32), **how)
     return finish(y, epilogue).astype(out_dtype)

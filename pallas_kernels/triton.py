@@ -150,7 +150,7 @@ def _matmul_kernel(
     plt.store(out.at[tile.rows, tile.columns], values.astype(out.dtype), mask=tile.mask)
 
 
-def _finish(refs, values, tile: Tile, *, kind: type | None, width: int, dtype: DTypeLike, interpret: bool):
+def _finish(refs, values, tile: Tile, *, kind: type | None, dtype: DTypeLike, interpret: bool):
     """A tile [block_n, block_m] turned round, with the epilogue `kind` of `pallas_kernels.fused`, whose operands lie in
     `refs`. What can be done before the turn is: it takes fewer registers there."""
     if kind is None:
@@ -164,24 +164,17 @@ def _finish(refs, values, tile: Tile, *, kind: type | None, width: int, dtype: D
     if kind is fused.GeluQuantize:
         (step,) = refs
         return _round(jax.nn.gelu(values, approximate=True) / step[0], interpret=interpret).T
-    query, key, rope = refs
-    half, start = rope.shape[-1], tile.columns.start
-
-    def turn(values):
-        # In the output's dtype, as an unfused model rounds it: a float32 tile with its angles would spill.
-        head = values.T.astype(dtype)
-        weight = jnp.where(start < width, plt.load(query.at[:]), plt.load(key.at[:])).astype(jnp.float32)
-        square = jnp.square(head.astype(jnp.float32)).sum(-1, keepdims=True)
-        norm = lax.rsqrt(square / (2 * half) + fused.EPS)
-        head = (head.astype(jnp.float32) * norm * weight[None]).astype(dtype)
-        pairs = lax.unstack(head.reshape(-1, half, 2), axis=-1)
-        even, odd = (part.astype(jnp.float32) for part in pairs)
-        sines = pl.ds(tile.rows.start + rope.shape[0] // 2, tile.rows.size)
-        cos, sin = (_load(rope.at[part, :], _both(tile.real_rows, None)) for part in (tile.rows, sines))
-        turned = lax.stack([(even * cos - odd * sin).astype(dtype), (even * sin + odd * cos).astype(dtype)], axis=-1)
-        return turned.reshape(head.shape)
-
-    return lax.cond(start < 2 * width, turn, lambda values: values.T.astype(dtype), values)
+    # In the output's dtype, as an unfused model rounds it: a float32 tile with its angles would spill.
+    weight, rope = refs
+    head, half = values.T.astype(dtype), rope.shape[-1]
+    square = jnp.square(head.astype(jnp.float32)).sum(-1, keepdims=True)
+    norm = lax.rsqrt(square / (2 * half) + fused.EPS)
+    head = (head.astype(jnp.float32) * norm * plt.load(weight.at[:]).astype(jnp.float32)[None]).astype(dtype)
+    even, odd = (part.astype(jnp.float32) for part in lax.unstack(head.reshape(-1, half, 2), axis=-1))
+    sines = pl.ds(tile.rows.start + rope.shape[0] // 2, tile.rows.size)
+    cos, sin = (_load(rope.at[part, :], _both(tile.real_rows, None)) for part in (tile.rows, sines))
+    turned = [(even * cos - odd * sin).astype(dtype), (even * sin + odd * cos).astype(dtype)]
+    return lax.stack(turned, axis=-1).reshape(head.shape)
 
 
 def _round(values, *, interpret: bool):
@@ -281,15 +274,12 @@ def matmul(
     first, last = channels or (0, n)
     if k != PLANES * kp:
         raise ValueError(f"x is {list(x.shape)}: packed {list(packed.shape)} needs rows of {PLANES * kp}")
-    width = 0
-    if isinstance(epilogue, fused.NormRotary):
-        width = epilogue.width
-        if settings.block_n != len(epilogue.query):
-            raise ValueError(f"block_n is {settings.block_n}: expected {len(epilogue.query)}, one head of NormRotary")
+    if isinstance(epilogue, fused.NormRotary) and settings.block_n != len(epilogue.weight):
+        raise ValueError(f"block_n is {settings.block_n}: expected {len(epilogue.weight)}, one head of NormRotary")
     extra = [jnp.atleast_1d(a) for a in epilogue or () if isinstance(a, jax.Array)]
     extra = [a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a for a in extra]  # cosines, and then sines
-    options = {"kind": None if epilogue is None else type(epilogue), "width": width, "dtype": out_dtype}
-    finish = functools.partial(_finish, **options, interpret=interpret)
+    kind = None if epilogue is None else type(epilogue)
+    finish = functools.partial(_finish, kind=kind, dtype=out_dtype, interpret=interpret)
     operands = [None if layer is None else layer.astype(jnp.int32)[None], x, row_scale, packed, scale, bias, *extra]
     # Each program reads its own tile of the residual and no other: a loop then needs no copy of what it carries.
     in_place = isinstance(epilogue, fused.GatedResidual) and epilogue.residual.dtype == jnp.dtype(out_dtype)

@@ -37,9 +37,9 @@ def rotate(x: Float[Array, "b t h d"], rope: Float[Array, "2 t d/2"]) -> Float[A
 
 
 def attention(
-    q: Float[Array, "b t h d"], k: Float[Array, "b t h d"], v: Float[Array, "b t h d"], rope: Float[Array, "2 t d/2"]
+    q: Float[Array, "b t h d"], k: Float[Array, "b t h d"], v: Float[Array, "b t h d"]
 ) -> Float[Array, "b t h*d"]:
-    """softmax(rotate(q) rotate(k)^T / sqrt(d)) v over all tokens, heads joined in the last axis.
+    """softmax(q k^T / sqrt(d)) v over all tokens, heads joined in the last axis; q and k are turned already.
 
     cuDNN's fused kernel runs where it can (a GPU from compute capability 8.0 and 16-bit types: no logits in memory),
     XLA's elsewhere.
@@ -48,7 +48,5 @@ def attention(
     ampere = target.platform == "gpu" and int(target.compute_capability.partition(".")[0]) >= 8
     fused = ampere and q.dtype in (jnp.bfloat16, jnp.float16)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code promotes inside, also where ours may not
-        out = jax.nn.dot_product_attention(
-            rotate(q, rope), rotate(k, rope), v, implementation="cudnn" if fused else "xla"
-        )
+        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
     return out.reshape(*out.shape[:2], -1)

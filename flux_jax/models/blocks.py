@@ -13,13 +13,17 @@ from flux_jax.config import TransformerConfig
 from flux_jax.models.attention import attention
 from flux_jax.models.linear import Linear, RMSNorm
 from flux_jax.models.products import gated, modulated
-from pallas_kernels.fused import EPS, Gelu
+from pallas_kernels.fused import EPS, Gelu, NormRotary
 
 
-def heads(x: Float[Array, "b t n"], config: TransformerConfig, parts: int) -> list[Float[Array, "b t h d"]]:
-    """Split joined projections [b, t, parts * hidden] into `parts` arrays [b, t, heads, head_dim]."""
-    shape = (*x.shape[:2], parts, config.num_heads, config.head_dim)
-    return list(jnp.unstack(x.reshape(shape), axis=2))
+def heads(x: Float[Array, "b t n"], config: TransformerConfig) -> Float[Array, "b t h d"]:
+    return x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
+
+
+def projections(block: nnx.Module, rope: Float[Array, "2 t half"]) -> list[tuple[int, NormRotary | None]]:
+    """The parts of a product that are queries, keys and values: the first two with norm and turn."""
+    then = NormRotary(block.query_norm.weight[...], rope), NormRotary(block.key_norm.weight[...], rope), None
+    return [(block.config.hidden_size, epilogue) for epilogue in then]
 
 
 class Stream(nnx.Module):
@@ -36,11 +40,11 @@ class Stream(nnx.Module):
         self.mlp_out = Linear(config.mlp_dim, d, dtype=dtype, rngs=rngs)
         self.config = config
 
-    def project(self, x: Float[Array, "b t d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]):
-        """Normalised queries and keys, and values, each [b, t, heads, head_dim]."""
-        (qkv,) = modulated(self.qkv, x, shift, scale, (3 * self.config.hidden_size, None))
-        q, k, v = heads(qkv, self.config, 3)
-        return self.query_norm(q), self.key_norm(k), v
+    def project(
+        self, x: Float[Array, "b t d"], mod: list[Float[Array, "b d"]], rope: Float[Array, "2 t half"]
+    ) -> list[Float[Array, "b t h w"]]:
+        """Queries and keys, normalised and turned, and values; mod: shift and scale."""
+        return [heads(y, self.config) for y in modulated(self.qkv, x, *mod, *projections(self, rope))]
 
     def leave(
         self, x: Float[Array, "b t d"], attended: Float[Array, "b t d"], mod: list[Float[Array, "b d"]]
@@ -67,10 +71,12 @@ class DoubleBlock(nnx.Module):
         txt_mod: Float[Array, "b 6*d"],
         rope: Float[Array, "2 t+i half"],
     ) -> tuple[Float[Array, "b i d"], Float[Array, "b t d"]]:
+        t = txt.shape[1]
         streams = ((self.txt, txt, jnp.split(txt_mod, 6, -1)), (self.img, img, jnp.split(img_mod, 6, -1)))
-        projected = [stream.project(x, mod[0], mod[1]) for stream, x, mod in streams]
+        turns = rope[:, :t], rope[:, t:]
+        projected = [stream.project(x, mod[:2], turn) for (stream, x, mod), turn in zip(streams, turns, strict=True)]
         q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*projected, strict=True))
-        attended = jnp.split(attention(q, k, v, rope), [txt.shape[1]], axis=1)
+        attended = jnp.split(attention(q, k, v), [t], axis=1)
         txt, img = (stream.leave(x, a, mod[2:]) for (stream, x, mod), a in zip(streams, attended, strict=True))
         return img, txt
 
@@ -91,8 +97,7 @@ class SingleBlock(nnx.Module):
         self, x: Float[Array, "b t d"], mod: Float[Array, "b 3*d"], rope: Float[Array, "2 t half"]
     ) -> Float[Array, "b t d"]:
         shift, scale, gate = jnp.split(mod, 3, -1)
-        parts = (3 * self.config.hidden_size, None), (self.config.mlp_dim, Gelu())
-        qkv, hidden = modulated(self.linear1, x, shift, scale, *parts)
-        q, k, v = heads(qkv, self.config, 3)
-        attended = attention(self.query_norm(q), self.key_norm(k), v, rope)
+        parts = *projections(self, rope), (self.config.mlp_dim, Gelu())
+        *qkv, hidden = modulated(self.linear1, x, shift, scale, *parts)
+        attended = attention(*(heads(y, self.config) for y in qkv))
         return gated(self.linear2, jnp.concatenate([attended, hidden], axis=-1), gate, x)

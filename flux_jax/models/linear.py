@@ -76,17 +76,22 @@ class LayerNorm(nnx.Module):
         return layer_norm(x, self.eps) * per_channel(self.weight[...], x) + per_channel(self.bias[...], x)
 
 
-class RMSNorm(nnx.Module):
+def rms_norm(x: Float[Array, "*b d"], weight: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
     """x / sqrt(mean(x^2) + eps) * weight; the quotient in float32, rounded to x's dtype before the product."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * per_channel(weight, x)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with its weight [d]."""
 
     def __init__(self, features: int, *, eps: float, dtype=jnp.float32):
         self.weight = nnx.Param(jnp.ones((features,), dtype))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * per_channel(self.weight[...], x)
+        return rms_norm(x, self.weight[...], self.eps)
 
 
 def stack(block, count: int, *args, dtype, rngs: nnx.Rngs):

@@ -4,8 +4,9 @@ In: tokens [b, t, d] with a block's modulation vectors [b, d], and a linear of e
 
 A `Linear`, and a `TernaryLinear` whose activations keep their own type, do the parts one by one. Where a ternary layer
 rounds its activations to int8, the parts are kernels of `pallas_kernels.fused`: one goes over the tokens once for norm,
-modulation and rounding, whatever the number of products behind it; and a product leaves by way of gate and residual,
-so that its own output is never in memory. Those have no gradients: who takes gradients gets the parts one by one.
+modulation and rounding, whatever the number of products behind it; and a product ends with its GELU, the norm and the
+rotary turn of its heads, or gate and residual, so that its own output is never in memory. Those have no gradients: who
+takes gradients gets the parts one by one.
 """
 
 from collections.abc import Callable
@@ -17,10 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flux_jax.models.linear import layer_norm
+from flux_jax.models.attention import rotate
+from flux_jax.models.linear import layer_norm, rms_norm
 from flux_jax.models.ternary import TernaryLinear
 from pallas_kernels import quantize_rows
-from pallas_kernels.fused import EPS, GatedResidual, Gelu, norm_modulate_quantize
+from pallas_kernels.fused import EPS, GatedResidual, Gelu, NormRotary, norm_modulate_quantize
 
 
 def modulate(x: Float[Array, "b t d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b t d"]:
@@ -33,7 +35,7 @@ def modulated(
     x: Float[Array, "b t d"],
     shift: Float[Array, "b d"],
     scale: Float[Array, "b d"],
-    *parts: tuple[int, Gelu | None],
+    *parts: tuple[int, Gelu | NormRotary | None],
 ) -> list[Array]:
     """linear(modulate(x, shift, scale)) cut into parts: how many channels each has, and what is done with them.
 
@@ -41,21 +43,33 @@ def modulated(
     the peak of a 1024 x 1024 picture.
     """
     bounds = list(pairwise(accumulate((width for width, _ in parts), initial=0)))
-    then = [epilogue for _, epilogue in parts]
 
-    def apart(linear, x, shift, scale):
+    def apart(held, x, shift, scale):
+        linear, then = held
         y = modulate(x, shift, scale)
         if isinstance(linear, TernaryLinear):
             ys = [linear(y, channels) for channels in bounds]
         else:
             ys = jnp.split(linear(y), [last for _, last in bounds[:-1]], axis=-1)
-        return [y if e is None else jax.nn.gelu(y, approximate=True) for y, e in zip(ys, then, strict=True)]
+        return [_finished(y, epilogue) for y, epilogue in zip(ys, then, strict=True)]
 
-    def fused(linear, x, shift, scale):
+    def fused(held, x, shift, scale):
+        linear, then = held
         rows = norm_modulate_quantize(x, shift, scale, implementation=linear.implementation)
         return [linear.of_rows(*rows, x.dtype, e, channels) for e, channels in zip(then, bounds, strict=True)]
 
-    return _either(fused, apart, linear)(linear, x, shift, scale)
+    return _either(fused, apart, linear)((linear, [epilogue for _, epilogue in parts]), x, shift, scale)
+
+
+def _finished(y: Float[Array, "b t n"], epilogue: Gelu | NormRotary | None) -> Float[Array, "b t n"]:
+    """`pallas_kernels.fused.finish`, rounded to y's dtype in between as a model in floating point rounds."""
+    match epilogue:
+        case Gelu():
+            return jax.nn.gelu(y, approximate=True)
+        case NormRotary(weight, rope):
+            heads = y.reshape(*y.shape[:2], -1, weight.shape[0])
+            return rotate(rms_norm(heads, weight, EPS), rope).reshape(y.shape)
+    return y
 
 
 def gated(

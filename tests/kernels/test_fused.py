@@ -16,7 +16,6 @@ from pallas_kernels.fused import (
 )
 from pallas_kernels.settings import Settings
 
-HEAD = 16
 TOLERANCE = 2e-5  # float32 sums and reciprocal roots, against float64
 
 
@@ -88,23 +87,21 @@ def test_gelu_quantize(implementation):
     assert np.abs(np.asarray(got, np.float64) - np.clip(gelu / step, -127, 127)).max() < 0.5 + 1e-2
 
 
-@pytest.mark.parametrize("m", [7, 32])
-def test_norm_rotary(m, implementation):
-    width = 2 * HEAD
-    arguments, y = product(m, 3 * width + 8, 128)
-    query, key = rng(4).uniform(0.5, 2, (2, HEAD)).astype(np.float32)
-    angles = rng(5).uniform(0, 6, (m, HEAD // 2))
+@pytest.mark.parametrize(("m", "head"), [(7, 16), (32, 16), (7, 12)])
+def test_norm_rotary(m, head, implementation):
+    """Of two heads in the middle of the channels; a head of a width that is no tile's, too."""
+    first, last = head, 3 * head
+    arguments, y = product(m, 3 * head + 8, 128)
+    weight = rng(4).uniform(0.5, 2, head).astype(np.float32)
+    angles = rng(5).uniform(0, 6, (m, head // 2))
     rope = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
-    epilogue = NormRotary(jnp.asarray(query), jnp.asarray(key), jnp.asarray(rope), width)
-    got = fused_matmul(*arguments, epilogue, out_dtype=jnp.float32, implementation=implementation)
-    want = y.copy()
-    for part, weight in enumerate((query, key)):
-        for first in range(part * width, (part + 1) * width, HEAD):
-            head = y[:, first : first + HEAD]
-            head = head / np.sqrt((head**2).mean(-1, keepdims=True) + EPS) * weight
-            turned = (head[:, ::2] + 1j * head[:, 1::2]) * np.exp(1j * angles)
-            want[:, first : first + HEAD : 2], want[:, first + 1 : first + HEAD : 2] = turned.real, turned.imag
-    np.testing.assert_allclose(got, want, rtol=TOLERANCE, atol=TOLERANCE * np.abs(y).max())
+    how = {"out_dtype": jnp.float32, "implementation": implementation, "channels": (first, last)}
+    got = fused_matmul(*arguments, NormRotary(jnp.asarray(weight), jnp.asarray(rope)), **how)
+    heads = y[:, first:last].reshape(m, 2, head)
+    heads = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + EPS) * weight
+    turned = (heads[..., ::2] + 1j * heads[..., 1::2]) * np.exp(1j * angles)[:, None]
+    want = np.stack([turned.real, turned.imag], axis=-1).reshape(m, 2 * head)
+    np.testing.assert_allclose(got, want, rtol=TOLERANCE, atol=TOLERANCE * np.abs(want).max())
 
 
 def test_rows_of_another_length_are_an_error():
