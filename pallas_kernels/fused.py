@@ -131,11 +131,21 @@ def fused_matmul(
 
         head = len(epilogue.weight) if isinstance(epilogue, NormRotary) else 16
         inside = epilogue if head >= 16 and head & (head - 1) == 0 else None  # no tile has another head's width
-        how = {"layer": layer, "channels": channels, "interpret": target.platform == "interpret"}
-        how["settings"] = epilogue_settings(choose_settings(target, len(x), last - first, k, x.dtype.name), inside)
-        how["out_dtype"] = out_dtype if inside is epilogue else jnp.float32
-        y = triton.matmul(x, row_scale, packed, scale, bias, epilogue=inside, **how)
+        settings = epilogue_settings(choose_settings(target, len(x), last - first, k, x.dtype.name), inside)
+        y = triton.matmul(
+            x,
+            row_scale,
+            packed,
+            scale,
+            bias,
+            settings=settings,
+            out_dtype=out_dtype if inside is epilogue else jnp.float32,
+            layer=layer,
+            channels=channels,
+            epilogue=inside,
+            interpret=target.platform == "interpret",
+        )
         return y if inside is epilogue else finish(y, epilogue).astype(out_dtype)
-    how = {"layer": None if layer is None else layer.astype(jnp.int32), "channels": channels}
-    y = reference.matmul(x, row_scale, packed, scale, bias, out_dtype=jnp.dtype(jnp.float32), **how)
+    index, wide = None if layer is None else layer.astype(jnp.int32), jnp.dtype(jnp.float32)
+    y = reference.matmul(x, row_scale, packed, scale, bias, out_dtype=wide, layer=index, channels=channels)
     return finish(y, epilogue).astype(out_dtype)

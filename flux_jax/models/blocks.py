@@ -20,10 +20,13 @@ def heads(x: Float[Array, "b t n"], config: TransformerConfig) -> Float[Array, "
     return x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
 
 
-def projections(block: nnx.Module, rope: Float[Array, "2 t half"]) -> list[tuple[int, NormRotary | None]]:
-    """The parts of a product that are queries, keys and values: the first two with norm and turn."""
-    then = NormRotary(block.query_norm.weight[...], rope), NormRotary(block.key_norm.weight[...], rope), None
-    return [(block.config.hidden_size, epilogue) for epilogue in then]
+def projections(
+    query_norm: RMSNorm, key_norm: RMSNorm, width: int, rope: Float[Array, "2 t half"]
+) -> list[tuple[int, NormRotary | None]]:
+    """The parts of a product that are queries, keys and values: `width` channels each, queries and keys with norm and
+    turn."""
+    then = NormRotary(query_norm.weight[...], rope), NormRotary(key_norm.weight[...], rope), None
+    return [(width, epilogue) for epilogue in then]
 
 
 class Stream(nnx.Module):
@@ -44,7 +47,9 @@ class Stream(nnx.Module):
         self, x: Float[Array, "b t d"], mod: list[Float[Array, "b d"]], rope: Float[Array, "2 t half"]
     ) -> list[Float[Array, "b t h w"]]:
         """Queries and keys, normalised and turned, and values; mod: shift and scale."""
-        return [heads(y, self.config) for y in modulated(self.qkv, x, *mod, *projections(self, rope))]
+        shift, scale = mod
+        parts = projections(self.query_norm, self.key_norm, self.config.hidden_size, rope)
+        return [heads(y, self.config) for y in modulated(self.qkv, x, shift, scale, *parts)]
 
     def leave(
         self, x: Float[Array, "b t d"], attended: Float[Array, "b t d"], mod: list[Float[Array, "b d"]]
@@ -97,7 +102,7 @@ class SingleBlock(nnx.Module):
         self, x: Float[Array, "b t d"], mod: Float[Array, "b 3*d"], rope: Float[Array, "2 t half"]
     ) -> Float[Array, "b t d"]:
         shift, scale, gate = jnp.split(mod, 3, -1)
-        parts = *projections(self, rope), (self.config.mlp_dim, Gelu())
-        *qkv, hidden = modulated(self.linear1, x, shift, scale, *parts)
+        parts = projections(self.query_norm, self.key_norm, self.config.hidden_size, rope)
+        *qkv, hidden = modulated(self.linear1, x, shift, scale, *parts, (self.config.mlp_dim, Gelu()))
         attended = attention(*(heads(y, self.config) for y in qkv))
         return gated(self.linear2, jnp.concatenate([attended, hidden], axis=-1), gate, x)
