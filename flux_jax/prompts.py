@@ -128,7 +128,7 @@ def fetch(directory: Path, server: str | None = None, timeout: float = 60.0) -> 
                     data = answer.read()
             except (OSError, ValueError) as error:
                 reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else error
-                raise UserError(f"Cannot fetch {address}: {reason}; download it to {path} by other means.", 3) from error
+                raise UserError(f"Cannot fetch {address}: {reason}; download it to {path} yourself.", 3) from error
             if (found := hashlib.sha256(data).hexdigest()) != expected:
                 raise UserError(f"{address} has SHA-256 {found}, not {expected}: it is another file.", 3)
             write_whole(path, data, overwrite=False)

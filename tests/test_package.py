@@ -16,7 +16,8 @@ PACKAGES = ("convert", "flux_jax", "pallas_kernels")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
 IMPORT_NAMES = {"orbax-checkpoint": "orbax", "pillow": "PIL"}  # where it is not the distribution's name
-OPTIONAL = {"matplotlib", "transformers", "sentencepiece", "skimage", "jinja2"}  # used where installed, said where missed
+# Used where installed, and said where missed
+OPTIONAL = {"matplotlib", "transformers", "sentencepiece", "skimage", "jinja2"}
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])

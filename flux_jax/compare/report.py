@@ -75,6 +75,7 @@ def curve(summary: dict[str, Any]) -> bytes:
     """The latents' error behind each step, median and largest, as the bytes of a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 2.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -83,7 +84,7 @@ def curve(summary: dict[str, Any]) -> bytes:
     axes.plot(steps, summary["latent_errors_largest"], color="tab:red", label="largest", marker=".")
     axes.plot(steps, summary["latent_errors_median"], color="tab:blue", label="median", marker=".")
     axes.set(xlabel="step", ylabel="|b − a| / |a| of latents", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     buffer = io.BytesIO()

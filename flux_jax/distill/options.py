@@ -101,9 +101,7 @@ class Options:
         return dataclasses.asdict(self)
 
 
-QUICK: dict[
-    str, Any
-] = {  # what --quick sets where no flag says otherwise: FLUX-nano in minutes on two cores
+QUICK: dict[str, Any] = {  # what --quick sets where no flag says otherwise: FLUX-nano in minutes on two cores
     "trajectories": 256,
     "held_out": 16,
     "block_steps": 40,
