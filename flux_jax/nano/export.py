@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flux_jax import checkpoint
+from flux_jax import checkpoint, verify
 from flux_jax.config import FluxConfig, nano
 from flux_jax.errors import UserError
 from flux_jax.models.vae import VAE
@@ -91,7 +91,4 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
     if evaluation is not None:
         shutil.copy(evaluation / "sheet.png", out / "sheet.png")
         shutil.copy(evaluation / "summary.json", out / "training" / "summary.json")
-    sums = {
-        p.relative_to(out): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.rglob("*")) if p.is_file()
-    }
-    (out / "SHA256SUMS").write_text("".join(f"{digest}  {path}\n" for path, digest in sums.items()))
+    verify.write(out)
