@@ -81,7 +81,7 @@ def test_two_processes_write_what_one_writes(folder):
     words = [str(folder / "teacher"), "--prompts", str(folder / "prompts.txt"), *tiny.flags(tiny.OPTIONS)]
     alone = tiny.run([*words, str(folder / "alone")])
     assert alone.returncode == 0, alone.stderr
-    several = [*words, str(folder / "several"), "--mesh", "fsdp=2", "--coordinator", address, "--processes", "2"]
+    several = [*words, str(folder / "pair"), "--mesh", "fsdp=2", "--coordinator", address, "--processes", "2"]
     command = [sys.executable, "-m", "flux_jax.distill", *several, "--process"]
     started = [
         subprocess.Popen([*command, str(i)], env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -93,7 +93,7 @@ def test_two_processes_write_what_one_writes(folder):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], ended
-    one, two = losses(folder / "alone"), losses(folder / "several")
+    one, two = losses(folder / "alone"), losses(folder / "pair")
     assert one.keys() == two.keys()
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=5e-3)
     assert [bool(out.strip()) for out, _ in ended] == [True, False]  # one result, not two

@@ -82,7 +82,7 @@ def test_out_of_memory_names_the_stage_and_the_flag(arguments, monkeypatch, stag
 
 
 PEAKS = """
-import jax, numpy as np, sys
+import gc, jax, numpy as np, sys
 sys.path[:0] = [{tests!r}]
 import tiny_model
 from pathlib import Path
@@ -113,6 +113,7 @@ def watch(name, function):
 for name in ("denoise", "decode", "pool"):
     setattr(stages.denoise, name, watch(name, getattr(stages.denoise, name)))
 offload.layer = watch("layer", offload.layer)
+gc.collect()  # what making the modules left on the device would be missed from the peaks
 before = held()
 pipe = FluxPipeline(config, tokenizers=Tokenizers.load(words, config), offload="layers", **modules)
 out = pipe("a red circle", seed=1)
