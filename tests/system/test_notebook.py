@@ -20,6 +20,7 @@ def test_it_runs(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the tests' own would keep the kernel from showing pictures
     committed = nbformat.read(NOTEBOOK, as_version=4)
     assert all(cell.get("outputs") or "import" in cell.source for cell in committed.cells if cell.cell_type == "code")
     fresh = nbformat.from_dict(committed)
