@@ -34,6 +34,7 @@ from flux_jax.parts import FIXED, Placement, abstract_part, assemble, leaf_table
 from flux_jax.quantize import abstract_ternary, ternary_paths
 from flux_jax.storage import begin, disk_is_full, flatten, lined_json, nest, publish, working_name
 from pallas_kernels import validate
+from pallas_kernels.settings import ACTIVATIONS
 
 FLUSH_BYTES = 2**28  # weights held before they are written
 ALIASES = {"nano": "nano-bf16", "nano-bf16": "nano-bf16"}  # name -> folder in the package's data
@@ -85,6 +86,18 @@ class Checkpoint:
         """What the manifest says about ternary weights; None for a checkpoint without them."""
         return self.manifest["quantization"]
 
+    def using(self, activations: str | None) -> "Checkpoint":
+        """The same, its ternary weights multiplied with activations of that kind, "bf16" or "int8"; None: of the kind
+        that the manifest says. UserError for another kind, and for a checkpoint without ternary weights."""
+        if activations is None:
+            return self
+        if self.quantization is None:
+            raise UserError(f"{self.directory} has no ternary weights, and activations are chosen for these alone.")
+        if activations not in ACTIVATIONS:
+            raise UserError(f"activations must be {' or '.join(ACTIVATIONS)}, not {activations!r}.")
+        quantization = {**self.quantization, "activations": activations}
+        return Checkpoint(self.directory, {**self.manifest, "quantization": quantization}, self.config)
+
     @property
     def tokenizers(self) -> Path:
         """The folder with t5/ and clip/. UserError if the checkpoint has none."""
@@ -108,7 +121,6 @@ class Checkpoint:
         dtype: Any = None,
         sharding: Placement = None,
         *,
-        activations: str | None = None,
         arrange: Callable[[str, np.ndarray], np.ndarray] = lambda name, weight: weight,
     ) -> nnx.Module:
         """One part as a module. dtype: None keeps the stored one, else floating weights are converted after reading,
@@ -116,13 +128,12 @@ class Checkpoint:
 
         sharding: None (the default device), a `jax.sharding.Sharding`, a mesh to be replicated over, or a function of
         (path, shape) of each leaf. arrange: gives a weight (outside name, as stored) the order of its shards.
-        activations: "bf16" or "int8", what ternary weights are multiplied with; None: as the manifest says.
 
         UserError where a weight is missing, unknown, or of another shape or dtype than the manifest or this version's
         module says: all of them in one message, and before any array is read; and where packed codes or their scales
         are damaged.
         """
-        table, module = self.table(part), self.abstract(part, activations=activations)
+        table, module = self.table(part), self.abstract(part)
         self._check(part, table, leaf_table(module))
         ternary = ternary_paths(self.config) if part == "transformer" and self.quantization is not None else {}
 
@@ -131,11 +142,11 @@ class Checkpoint:
 
         return assemble(module, read, dtype=dtype, sharding=sharding)
 
-    def abstract(self, part: str, *, activations: str | None = None) -> nnx.Module:
-        """The module that `load` fills, with shapes for arrays. ValueError for unknown activations."""
+    def abstract(self, part: str) -> nnx.Module:
+        """The module that `load` fills, with shapes for arrays."""
         if self.quantization is None or part != "transformer":
             return abstract_part(part, self.config)
-        return abstract_ternary(self.config, activations=activations or self.quantization["activations"])
+        return abstract_ternary(self.config, activations=self.quantization["activations"])
 
     def read(self, part: str, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Some weights of a part by name, as stored, on the host. No other weight is read."""

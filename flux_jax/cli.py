@@ -36,6 +36,7 @@ OFFLOADING = (
     "keep weights in the host's memory: each part is on the device while it works (model), and T5 layer by layer "
     "(layers); slower, for GPUs that cannot hold all parts at once"
 )
+ACTIVATIONS = "multiply ternary weights with activations as they are, or rounded to int8 (default: as the model says)"
 TILING = "decode in strips: less memory, the same picture (default: auto, where whole pictures would not fit)"
 MESH = "devices: N pictures side by side, the transformer of each split over M (default: one device)"
 PROCESSES = "processes, on one or several hosts, that make up the mesh; start the same command for each"
@@ -87,6 +88,7 @@ def build_parser(version: str) -> Parser:
     add("-m", "--model", metavar="MODEL", help="a checkpoint's folder, or a name that --list-models prints")
     add("--list-models", action="store_true", help="print the models that came with the package, and stop")
     add("--dtype", choices=sorted(DTYPES), help="auto (default): bfloat16 on a GPU, float32 on a CPU")
+    add("--activations", choices=("bf16", "int8"), help=ACTIVATIONS)
     add("--device", choices=("cpu", "gpu"), help="default: a GPU if JAX finds one")
     add("--offload", choices=OFFLOAD, default="none", help=OFFLOADING)
     add("--vae-tiling", choices=("auto", "on", "off"), default="auto", help=TILING)

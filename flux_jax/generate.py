@@ -77,8 +77,12 @@ def run(args: argparse.Namespace) -> None:
     recorded = record or {"model": {}}
     name = args.model or recorded["model"].get("id") or DEFAULT_MODEL
     stored = Checkpoint.open(name)
+    ternary = stored.quantization is not None
+    stored = stored.using(args.activations or (recorded["model"].get("activations") if ternary else None))
     sha256 = hashlib.sha256((stored.directory / MANIFEST).read_bytes()).hexdigest()
     model = {"id": name, "name": stored.config.name, "sha256": sha256}
+    if ternary:
+        model["activations"] = stored.quantization["activations"]
     if record and record["model"].get("sha256") != sha256:
         say(f"{args.from_metadata} was made with another checkpoint than {name}: the picture will differ.")
     precision = args.dtype or recorded.get("dtype") or "auto"
@@ -86,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if dtype is None:
         raise UserError(f"{args.from_metadata} was made in {precision}, which is not offered here; add --dtype.")
     planned, seeded = jobs.plan(args, stored.config, record, say)
-    left = jobs.skip_done(planned, args, seeded, sha256)
+    left = jobs.skip_done(planned, args, seeded, model)
     if len(left) < len(planned) and not args.quiet:
         say(f"{len(planned) - len(left)} of {len(planned)} pictures exist already.")
     report: dict[str, Any] = {"model": model, "skipped": [str(job.output) for job in planned if job not in left]}
@@ -160,8 +164,8 @@ def generate(
         from flux_jax import placement
 
         mesh = placement.make_mesh(args.mesh, stored.config.transformer)
-    memory_flags = {"offload": args.offload, "vae_tiling": args.vae_tiling}
-    pipe = FluxPipeline.from_pretrained(stored.directory, dtype=dtype, mesh=mesh, **memory_flags)
+    how = {"offload": args.offload, "vae_tiling": args.vae_tiling, "activations": model.get("activations")}
+    pipe = FluxPipeline.from_pretrained(stored.directory, dtype=dtype, mesh=mesh, **how)
     device = jax.devices()[0]
     if args.verbose:
         where = f"{pipe.dtype} on {device.device_kind} ({device.platform})"

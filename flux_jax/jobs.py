@@ -204,7 +204,7 @@ def slug(text: str, longest: int = 60) -> str:
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:longest].rstrip("-") or "picture"
 
 
-def skip_done(jobs: list[Job], args: argparse.Namespace, seeded: bool, model_sha256: str) -> list[Job]:
+def skip_done(jobs: list[Job], args: argparse.Namespace, seeded: bool, model: dict[str, Any]) -> list[Job]:
     """The jobs still to do. Of a prompts file, those whose picture exists already, made the same way, are left out;
     any other file in the way raises UserError."""
     for job in jobs:
@@ -221,8 +221,8 @@ def skip_done(jobs: list[Job], args: argparse.Namespace, seeded: bool, model_sha
         there = read_record(job.output)
         wanted = {k: v for k, v in job.settings().items() if k != "seed" or seeded}
         differs = [k for k, v in wanted.items() if there[k] != v]
-        if there["model"].get("sha256") != model_sha256:
-            differs.append("model")
+        compared = {"sha256": "model", "activations": "activations"}
+        differs += [word for key, word in compared.items() if there["model"].get(key) != model.get(key)]
         if differs:
             raise UserError(
                 f"{job.output} exists and was made with another {' and '.join(differs)}; "

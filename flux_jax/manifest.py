@@ -64,6 +64,18 @@ def _check_quantization(path: Path, quantization: Any) -> None:
         raise UserError(f"{path} is damaged: {', '.join(wrong) or 'activations'} of its quantization")
 
 
+def with_activations(manifest: dict[str, Any], directory: Path, activations: str | None) -> dict[str, Any]:
+    """The manifest with another choice of activations for its ternary weights; None: as it is. UserError for another
+    kind than "bf16" and "int8", and for a manifest without ternary weights."""
+    if activations is None:
+        return manifest
+    if manifest["quantization"] is None:
+        raise UserError(f"{directory} has no ternary weights, and activations are chosen for these alone.")
+    if activations not in ACTIVATIONS:
+        raise UserError(f"activations must be {' or '.join(ACTIVATIONS)}, not {activations!r}.")
+    return {**manifest, "quantization": {**manifest["quantization"], "activations": activations}}
+
+
 def inside(directory: Path, relative: str) -> Path:
     """The absolute path of a folder of the checkpoint; UserError where it leads out, by its name or by a link."""
     root = directory.resolve()

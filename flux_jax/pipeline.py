@@ -77,13 +77,15 @@ class FluxPipeline:
         mesh: Mesh | None = None,
         offload: str = "none",
         vae_tiling: str = "auto",
+        activations: str | None = None,
     ) -> "FluxPipeline":
         """A checkpoint's folder, or an alias of `flux_jax.checkpoint`. dtype: of weights and activations; "auto" is
         bfloat16 on a GPU and float32 on a CPU, where it is both faster and exact. mesh: the transformer is split
         over it, see `flux_jax.placement`; other parts are on one device of each process. offload, vae_tiling: how to
-        save the device's memory, see `__init__`. Raises UserError for what is no readable checkpoint, and where the
-        device is too small for it."""
-        stored, dtype = Checkpoint.open(path_or_alias), resolve_dtype(dtype)
+        save the device's memory, see `__init__`. activations: what ternary weights are multiplied with, "bf16" (the
+        activations as they are) or "int8"; None: as the checkpoint says. Raises UserError for what is no readable
+        checkpoint, or has no ternary weights to choose activations for, and where the device is too small for it."""
+        stored, dtype = Checkpoint.open(path_or_alias).using(activations), resolve_dtype(dtype)
         if stored.quantization is not None and not stored.quantization["distilled"]:
             warnings.warn(f"The weights of {path_or_alias} were rounded, not distilled: expect noise.", stacklevel=2)
         tokenizers = Tokenizers.load(stored.tokenizers, stored.config)

@@ -206,7 +206,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     model = "a checkpoint's folder, or dev or schnell: FLUX.1 with synthetic weights (default: dev)"
     add("-m", "--model", default="dev", help=model)
     add("--weights", choices=("ternary", "bf16"), default="ternary", help="of dev and schnell (default: ternary)")
-    add("--activations", choices=("bf16", "int8"), default="bf16", help="of ternary layers (default: bf16)")
+    add("--activations", choices=("bf16", "int8"), help="of ternary layers (default: the checkpoint's; bf16)")
     add("--gpu", choices=sorted(aot.GPUS), help="a GPU that need not be here (default: JAX's device)")
     add("--size", type=inputs.parse_size, metavar="WxH", help="of the picture (default: the model's own)")
     add("--batch", type=int, default=1, help="pictures; they are drawn one at a time and take no more than one")
@@ -225,10 +225,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--batch must be at least 1, not {args.batch}.")
         os.environ.setdefault(aot.SKIP_CHECK, "1")
         if args.model in PRESETS:
-            ternary = args.activations if args.weights == "ternary" else None
+            ternary = (args.activations or "bf16") if args.weights == "ternary" else None
             model = Model(PRESETS[args.model](), ternary, jnp.dtype(jnp.bfloat16))
         else:
-            model = model_of(Checkpoint.open(args.model), jnp.bfloat16)
+            model = model_of(Checkpoint.open(args.model).using(args.activations), jnp.bfloat16)
         defaults = model.config.sampling
         width, height = args.size or (defaults.width, defaults.height)
         height, width, _ = inputs.fit_size(model.config, height, width, strict=True)

@@ -124,10 +124,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config, defaults = stored.config, stored.config.sampling
     students = {}
     for name in args.students:
-        one = Checkpoint.open(name)
+        one = Checkpoint.open(name).using(args.activations)
         if one.config != config:
             raise UserError(f"{name} is no student of {args.teacher}: their configs differ.")
-        students[str(name)] = one.load("transformer", dtype, activations=args.activations)
+        students[str(name)] = one.load("transformer", dtype)
     teacher = stored.load("transformer", dtype)
     if args.rounded:
         students["rounded"] = quantize.quantize_transformer(teacher, activations=args.activations or "bf16")

@@ -100,10 +100,10 @@ class Variant:
         from flux_jax.models.ternary import TernaryLinear
         from flux_jax.pipeline import FluxPipeline
 
-        pipe = FluxPipeline.from_pretrained(self.model, dtype=self.dtype or "auto", offload=self.offload or "none")
+        how = {"dtype": self.dtype or "auto", "offload": self.offload or "none", "activations": self.activations}
+        pipe = FluxPipeline.from_pretrained(self.model, **how)
         for _, layer in nnx.iter_modules(pipe.transformer):
             if isinstance(layer, TernaryLinear):
-                layer.activations = self.activations or layer.activations
                 layer.implementation = IMPLEMENTATIONS.get(self.kernel or "auto")
         return pipe
 

@@ -9,13 +9,16 @@ import numpy as np
 import published
 import pytest
 import tiny_model
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
+from flux_jax import images
 from flux_jax.checkpoint import MANIFEST, Checkpoint, save
 from flux_jax.errors import UserError
 from flux_jax.generate import main as generate
 from flux_jax.parts import leaves
+from flux_jax.pipeline import FluxPipeline
 from flux_jax.quantize import METHODS, quantize_transformer, report, ternarize, ternary_paths
 from flux_jax.storage import flatten, nest
 from pallas_kernels import LAYOUT_VERSION, unpack_ternary
@@ -101,7 +104,7 @@ def test_loading(original, pristine):
     """Equal to rounding the loaded transformer; a dtype that is asked for leaves codes and scales alone."""
     opened = Checkpoint.open(pristine)
     expected = dict(leaves(quantize_transformer(Checkpoint.open(original).load("transformer"))))
-    loaded = opened.load("transformer", dtype=jnp.bfloat16, activations="int8")
+    loaded = opened.using("int8").load("transformer", dtype=jnp.bfloat16)
     assert loaded.single_blocks.linear1.activations == "int8"
     assert opened.load("transformer").double_blocks.img.qkv.activations == "bf16"
     for name, value in leaves(loaded):
@@ -137,6 +140,37 @@ def test_a_picture(pristine, tmp_path, capsys):
     assert generate(["red", "--model", str(pristine), "-o", str(tmp_path / "red.png"), "--steps", "1", "-q"]) == 0
     assert "not distilled" in capsys.readouterr().err
     assert (tmp_path / "red.png").is_file()
+
+
+def test_activations_can_be_chosen_for_a_picture(pristine, original, tmp_path, capsys):
+    """Said in the picture's record, and followed when it is repeated; only ternary weights have the choice."""
+
+    def draw(*words, model=pristine):
+        options = [] if "-C" in words else ["red", "--seed", "3", "--steps", "1", "--model", str(model)]
+        return generate([*map(str, words), *options, "--no-cache", "-q"]), capsys.readouterr().err
+
+    def picture(path):
+        record = images.read_record(path)
+        with Image.open(path) as image:
+            return record["model"]["activations"], np.asarray(image)
+
+    plain, int8, again = (tmp_path / f"{name}.png" for name in ("plain", "int8", "again"))
+    assert draw("-o", plain)[0] == draw("--activations", "int8", "-o", int8)[0] == draw("-C", int8, "-o", again)[0] == 0
+    assert [picture(path)[0] for path in (plain, int8, again)] == ["bf16", "int8", "int8"]
+    assert np.array_equal(picture(again)[1], picture(int8)[1])
+    assert not np.array_equal(picture(plain)[1], picture(int8)[1])
+    assert picture(plain)[1].shape == picture(int8)[1].shape
+
+    status, said = draw("--activations", "int8", "-o", tmp_path / "none.png", model=original)
+    assert (status, said.count("\n")) == (2, 1) and "has no ternary weights" in said
+    assert not (tmp_path / "none.png").exists()
+    (tmp_path / "prompts.txt").write_text("red\n")
+    listed = "--prompts-file", tmp_path / "prompts.txt", "--seed", 3, "--steps", 1, "-o", tmp_path / "all", "-q"
+    assert generate([*map(str, listed), "--model", str(pristine), "--no-cache"]) == 0
+    assert generate([*map(str, listed), "--model", str(pristine), "--no-cache", "--activations", "int8"]) == 2
+    assert "made with another activations" in capsys.readouterr().err
+    with pytest.raises(UserError, match="activations must be bf16 or int8, not 'fp8'"):
+        FluxPipeline.from_pretrained(pristine, activations="fp8")
 
 
 def edit(folder, change):
