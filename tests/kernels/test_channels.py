@@ -40,8 +40,8 @@ def test_gradients_reach_the_channels_that_were_asked_for(weights, layer):
 
     found = jax.grad(total, (0, 1, 2))(x, scale, bias, (50, 120), slice(None))
     expected = jax.grad(total, (0, 1, 2))(x, scale, bias, None, slice(50, 120))
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found, expected, strict=True):  # up to float32's rounding of y, of size 10, inside the sine
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("channels", [(0, N + 1), (5, 5), (-1, 4)])
