@@ -44,13 +44,13 @@ def sinusoidal(t: Float[Array, " b"], width: int, max_period: float = 10_000.0) 
 
 
 class Embedder(nnx.Module):
-    """Two linears with SiLU between: [b, d_in] -> [b, d]."""
+    """Two linears with SiLU between: [..., d_in] -> [..., d]."""
 
     def __init__(self, d_in: int, d: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
         self.in_layer = Linear(d_in, d, dtype=dtype, rngs=rngs)
         self.out_layer = Linear(d, d, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b d"]:
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b d"]:
         return self.out_layer(jax.nn.silu(self.in_layer(x)))
 
 
@@ -119,21 +119,41 @@ class Transformer(nnx.Module):
         modulation: Modulation,
         rope: Float[Array, "2 t+i half"],
     ) -> Float[Array, "b i c"]:
-        img, txt = self.img_in(img), self.txt_in(txt)
-        per_layer = jax.checkpoint if self.rematerialise else lambda layer: layer
+        return self.velocity(*self.streams(img, txt, modulation, rope), modulation, rope)
+
+    def streams(
+        self,
+        img: Float[Array, "b i c"],
+        txt: Float[Array, "b t k"],
+        modulation: Modulation,
+        rope: Float[Array, "2 t+i half"],
+    ) -> tuple[Float[Array, "b i d"], Float[Array, "b t d"]]:
+        """The first part of a call, through the double blocks: image and text, each in its own stream."""
 
         def double(x, block, img_mod, txt_mod):
             with jax.named_scope("double_block"):
                 return block(*x, img_mod, txt_mod, rope)
 
-        modulations = modulation.double_img, modulation.double_txt
-        img, txt = scan_blocks(per_layer(double), (img, txt), self.double_blocks, *modulations)
+        start, modulations = (self.img_in(img), self.txt_in(txt)), (modulation.double_img, modulation.double_txt)
+        return scan_blocks(self._per_layer(double), start, self.double_blocks, *modulations)
+
+    def velocity(
+        self,
+        img: Float[Array, "b i d"],
+        txt: Float[Array, "b t d"],
+        modulation: Modulation,
+        rope: Float[Array, "2 t+i half"],
+    ) -> Float[Array, "b i c"]:
+        """The second part of a call, from the two streams on: the single blocks and the final layer."""
 
         def single(x, block, mod):
             with jax.named_scope("single_block"):
                 return block(x, mod, rope)
 
         joined = jnp.concatenate([txt, img], axis=1)
-        x = scan_blocks(per_layer(single), joined, self.single_blocks, modulation.single)
+        x = scan_blocks(self._per_layer(single), joined, self.single_blocks, modulation.single)
         with jax.named_scope("final_layer"):
             return self.final_layer(x[:, txt.shape[1] :], modulation.final)
+
+    def _per_layer(self, layer):
+        return jax.checkpoint(layer) if self.rematerialise else layer

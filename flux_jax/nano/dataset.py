@@ -1,4 +1,4 @@
-"""FLUX-nano's training set: captions and pictures of the world, as token ids and VAE latents.
+"""FLUX-nano's training set: captions and pictures of the world, as token ids, VAE latents and layouts.
 
 In: a trained VAE, the tokenizers, a seed and a count. Out: `Dataset`, kept in one `.npz` so that a resumed run encodes
 nothing twice. Example i depends on (seed, i) alone and batch k on (seed, k) alone, so that a run can go on anywhere.
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flux_jax.config import FluxConfig, SamplingConfig
+from flux_jax.config import FluxConfig
 from flux_jax.models.vae import VAE
 from flux_jax.nano import captions, world
 from flux_jax.sampling import pack_latents
@@ -22,9 +22,11 @@ from flux_jax.tokenizers import Tokenizers
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """tokens float16 [n, i, c] (packed latents), t5 int32 [n, t], clip int32 [n, p]; `empty_*`: ids of no prompt."""
+    """tokens float16 [n, i, c] (packed latents), layout uint8 [n, i, s] (what covers each token's square of the
+    picture, `world.layout`), t5 int32 [n, t], clip int32 [n, p]; `empty_*`: ids of no prompt."""
 
     tokens: np.ndarray
+    layout: np.ndarray
     t5: np.ndarray
     clip: np.ndarray
     empty_t5: np.ndarray
@@ -33,7 +35,8 @@ class Dataset:
     def batch(self, seed: int, step: int, size: int) -> dict[str, np.ndarray]:
         """`size` examples drawn with replacement; the same for the same (seed, step)."""
         rows = np.random.default_rng((seed, step)).integers(0, len(self.tokens), size)
-        return {"tokens": self.tokens[rows].astype(np.float32), "t5": self.t5[rows], "clip": self.clip[rows]}
+        batch = {"layout": self.layout[rows], "t5": self.t5[rows], "clip": self.clip[rows]}
+        return {"tokens": self.tokens[rows].astype(np.float32), **batch}
 
 
 def load_or_build(
@@ -43,7 +46,7 @@ def load_or_build(
     if not path.exists():
         partial = path.with_suffix(".partial.npz")
         # pyrefly: ignore[bad-argument-type] - to numpy's annotations any of them could be `allow_pickle`
-        np.savez(partial, **_build(vae, tokenizers, config.sampling, seed, count))
+        np.savez(partial, **_build(vae, tokenizers, config, seed, count))
         os.replace(partial, path)
     with np.load(path) as arrays:
         return Dataset(**arrays)
@@ -59,19 +62,21 @@ def example(seed: int, index: int) -> tuple[str, world.Scene]:
     return (text + "." if stop else text), scene
 
 
-def _build(vae: VAE, tokenizers: Tokenizers, sampling: SamplingConfig, seed: int, count: int) -> dict[str, np.ndarray]:
+def _build(vae: VAE, tokenizers: Tokenizers, config: FluxConfig, seed: int, count: int) -> dict[str, np.ndarray]:
     encode = jax.jit(lambda vae, images: pack_latents(vae.encode(images.astype(jnp.float32) / 127.5 - 1.0)))
-    texts, tokens, chunk, pending = [], [], 64, None
+    texts, tokens, layouts, chunk, pending, size = [], [], [], 64, None, config.sampling.height
     for start in tqdm(range(0, count, chunk), desc="encode", mininterval=10):
         examples = [example(seed, i) for i in range(start, start + chunk)]
         texts += [text for text, _ in examples]
-        images = np.stack([world.render(scene, sampling.height) for _, scene in examples])
+        layouts += [world.layout(scene, config.default_grid[0], size) for _, scene in examples]
+        images = np.stack([world.render(scene, size) for _, scene in examples])
         if pending is not None:  # encoded while these scenes were drawn
             tokens.append(np.asarray(pending, np.float16))
         pending = encode(vae, images)
     tokens.append(np.asarray(pending, np.float16))
     return {
         "tokens": np.concatenate(tokens)[:count],
+        "layout": np.stack(layouts)[:count],
         "t5": tokenizers.t5(texts)[:count],
         "clip": tokenizers.clip(texts)[:count],
         "empty_t5": tokenizers.t5([""]),

@@ -5,7 +5,10 @@ on), `metrics.jsonl`, `curve.png` and `recipe.json`. The same recipe runs on a C
 on GPUs.
 
 Phase `flow` minimises |v(x_t, t, text) - (noise - x)|^2 with x_t = (1 - t) x + t noise (rectified flow, arXiv
-2403.03206); one caption in ten is empty, so that the model also knows the unconditional velocity. Phase `guidance` then
+2403.03206); one caption in ten is empty, so that the model also knows the unconditional velocity. Beside it, a head on
+the image stream behind the double blocks, which is thrown away in the end, learns what the finished picture shows at
+each token: so the first blocks learn early to plan a picture (the idea of REPA, arXiv 2410.06940, with the renderer's
+own truth in place of a pretrained encoder). Phase `guidance` then
 teaches the guidance input g what two evaluations give, v(empty) + g (v(text) - v(empty)) (arXiv 2210.03142).
 """
 
@@ -22,16 +25,18 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from flux_jax.config import FluxConfig
 from flux_jax.images import write_whole
 from flux_jax.models.attention import rotary
 from flux_jax.models.clip import CLIPText
+from flux_jax.models.linear import Linear
 from flux_jax.models.t5 import T5Encoder
-from flux_jax.models.transformer import Transformer
+from flux_jax.models.transformer import Embedder, Transformer
 from flux_jax.nano.dataset import Dataset
 from flux_jax.nano.runs import Folder
+from flux_jax.nano.world import COLORS, SHAPES
 from flux_jax.sampling import position_ids, shift_mu
 
 NO_GUIDANCE = 1.0  # the guidance input that stands for the plain conditional velocity
@@ -48,18 +53,22 @@ class Recipe:
     decay: float = 0.3  # the last share of the steps, over which the learning rate falls to zero
     ema: float = 0.999
     dropout: float = 0.1  # share of empty captions
+    layout_weight: float = 0.2  # of the head's loss beside the velocity's
     examples: int = 49_152
     guidance_max: float = 6.0  # phase `guidance` draws g from [1, guidance_max]
     seed: int = 0
 
 
 class Networks(nnx.Module):
-    """What is trained together: text encoders and transformer."""
+    """What is trained together: text encoders, transformer, and the layout head that only training has."""
 
     def __init__(self, config: FluxConfig, rngs: nnx.Rngs):
         self.t5 = T5Encoder(config.t5, rngs=rngs)
         self.clip = CLIPText(config.clip, rngs=rngs)
         self.transformer = Transformer(config.transformer, rngs=rngs)
+        width = config.transformer.hidden_size
+        self.layout_head = Embedder(width, 2 * width, rngs=rngs)
+        self.layout_classes = Linear(2 * width, len(SHAPES) + 1 + len(COLORS) + 1, rngs=rngs)
         # Every block starts as the identity and the velocity as zero (adaLN-Zero, DiT section 3.2).
         blocks = self.transformer
         linears = (blocks.double_blocks.img.mod, blocks.double_blocks.txt.mod, blocks.single_blocks.mod)
@@ -74,9 +83,12 @@ class Networks(nnx.Module):
         t5_ids: Int[Array, "b k"],
         clip_ids: Int[Array, "b p"],
         rope: Float[Array, "2 n r"],
-    ) -> Float[Array, "b i c"]:
+    ) -> tuple[Float[Array, "b i c"], Float[Array, "b i k"]]:
+        """(velocity, layout): of each token, the logits of no shape and each shape, of no colour and each colour."""
         modulation = self.transformer.modulation(t, guidance, self.clip(clip_ids))
-        return self.transformer(x, self.t5(t5_ids), modulation, rope)
+        img, txt = self.transformer.streams(x, self.t5(t5_ids), modulation, rope)
+        layout = self.layout_classes(jax.nn.silu(self.layout_head(jax.nn.standardize(img))))
+        return self.transformer.velocity(img, txt, modulation, rope), layout
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -109,7 +121,7 @@ def noise_levels(key, config: FluxConfig, count: int) -> Float[Array, " count"]:
 
 
 def flow_loss(networks: Networks, batch, key, rope, config: FluxConfig, recipe: Recipe):
-    """Mean squared error of the velocity on a batch; see the module's docstring."""
+    """(what is minimised, mean squared error of the velocity) on a batch; see the module's docstring."""
     keys = jax.random.split(key, 3)
     size = len(batch["tokens"])
     t = noise_levels(keys[0], config, size)
@@ -118,24 +130,38 @@ def flow_loss(networks: Networks, batch, key, rope, config: FluxConfig, recipe: 
     t5_ids = jnp.where(dropped, batch["empty_t5"], batch["t5"])
     clip_ids = jnp.where(dropped, batch["empty_clip"], batch["clip"])
     x = mix(batch["tokens"], noise, t)
-    velocity = networks(x, t, jnp.full(size, NO_GUIDANCE), t5_ids, clip_ids, rope)
-    return jnp.square(velocity - (noise - batch["tokens"])).mean()
+    velocity, layout = networks(x, t, jnp.full(size, NO_GUIDANCE), t5_ids, clip_ids, rope)
+    loss = jnp.square(velocity - (noise - batch["tokens"])).mean()
+    return loss + recipe.layout_weight * layout_loss(layout, batch["layout"]), loss
+
+
+def layout_loss(logits: Float[Array, "b i k"], layout: UInt8[Array, "b i s"]) -> Float[Array, ""]:
+    """Cross-entropy of shapes plus that of colours, in nats per token; each class's share of the token's square (and
+    nothing's, the rest) is its probability."""
+
+    def cross_entropy(logits, share):
+        share = jnp.concatenate([1 - share.sum(-1, keepdims=True), share], -1)
+        return -(share * jax.nn.log_softmax(logits)).sum(-1).mean()
+
+    shapes, colors = jnp.split(layout.astype(jnp.float32) / 255, [len(SHAPES)], -1)
+    return cross_entropy(logits[..., : len(SHAPES) + 1], shapes) + cross_entropy(logits[..., len(SHAPES) + 1 :], colors)
 
 
 def guidance_loss(networks: Networks, teacher: Networks, batch, key, rope, config: FluxConfig, recipe: Recipe):
-    """Mean squared error against the teacher's guided velocity, at a random guidance for each example."""
+    """(loss, loss): mean squared error against the teacher's guided velocity, at a random guidance for each example."""
     keys = jax.random.split(key, 3)
     size = len(batch["tokens"])
     t = noise_levels(keys[0], config, size)
     x = mix(batch["tokens"], jax.random.normal(keys[1], batch["tokens"].shape), t)
     guidance = jax.random.uniform(keys[2], (size,), minval=NO_GUIDANCE, maxval=recipe.guidance_max)
     plain = jnp.full(size, NO_GUIDANCE)
-    conditional = teacher(x, t, plain, batch["t5"], batch["clip"], rope)
+    conditional, _ = teacher(x, t, plain, batch["t5"], batch["clip"], rope)
     empty_t5, empty_clip = (jnp.broadcast_to(batch[f"empty_{name}"], batch[name].shape) for name in ("t5", "clip"))
-    unconditional = teacher(x, t, plain, empty_t5, empty_clip, rope)
+    unconditional, _ = teacher(x, t, plain, empty_t5, empty_clip, rope)
     target = unconditional + guidance[:, None, None] * (conditional - unconditional)
-    velocity = networks(x, t, guidance, batch["t5"], batch["clip"], rope)
-    return jnp.square(velocity - jax.lax.stop_gradient(target)).mean()
+    velocity, _ = networks(x, t, guidance, batch["t5"], batch["clip"], rope)
+    loss = jnp.square(velocity - jax.lax.stop_gradient(target)).mean()
+    return loss, loss
 
 
 def mix(x: Float[Array, "b i c"], noise: Float[Array, "b i c"], t: Float[Array, " b"]) -> Float[Array, "b i c"]:
@@ -146,7 +172,7 @@ def mix(x: Float[Array, "b i c"], noise: Float[Array, "b i c"], t: Float[Array, 
 
 @functools.partial(jax.jit, static_argnames=("graph", "config", "recipe"), donate_argnames="state")
 def update(graph, config: FluxConfig, recipe: Recipe, state: dict, batch: dict, step: Int[Array, ""], rope, teacher):
-    """(state, loss, gradient norm) after one step; every random draw is a function of (seed, step)."""
+    """(state, velocity's loss, gradient norm) after one step; every random draw is a function of (seed, step)."""
     key = jax.random.fold_in(jax.random.key(recipe.seed), step)
 
     def loss(params):
@@ -155,7 +181,7 @@ def update(graph, config: FluxConfig, recipe: Recipe, state: dict, batch: dict, 
             return flow_loss(networks, batch, key, rope, config, recipe)
         return guidance_loss(networks, nnx.merge(graph, teacher), batch, key, rope, config, recipe)
 
-    value, gradient = jax.value_and_grad(loss)(state["params"])
+    (_, value), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
         updates, optimizer_state = optimizer(recipe).update(gradient, state["optimizer"], state["params"])
     params = optax.apply_updates(state["params"], updates)

@@ -12,6 +12,7 @@ from flax import nnx
 from flux_jax.config import CLIPConfig, T5Config, nano
 from flux_jax.nano import flow
 from flux_jax.nano.dataset import Dataset, example
+from flux_jax.nano.world import COLORS, SHAPES
 
 SMALL = dataclasses.replace(
     nano(),
@@ -31,7 +32,8 @@ def dataset():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 16, (2, 20, 16)).astype(np.int32)
     empty = np.zeros((1, 16), np.int32)
-    return Dataset(rng.standard_normal((20, 4, 8)).astype(np.float16), *ids, empty, empty)
+    layout = rng.integers(0, 255 // 8, (20, 4, len(SHAPES) + len(COLORS))).astype(np.uint8)
+    return Dataset(rng.standard_normal((20, 4, 8)).astype(np.float16), layout, *ids, empty, empty)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +76,23 @@ def test_loss_is_the_squared_error_of_the_velocity(dataset, initial):
     batch = jax.tree.map(jnp.asarray, dataset.batch(0, 0, 20) | empty)
     rope = jnp.ones((2, 16 + 4, 8), jnp.float32)
     key = jax.random.key(1)
-    loss = flow.flow_loss(networks, batch, key, rope, SMALL, RECIPE)
+    minimised, loss = flow.flow_loss(networks, batch, key, rope, SMALL, RECIPE)
     noise = jax.random.normal(jax.random.split(key, 3)[1], (20, 4, 8))
     expected = jnp.square(velocity[None, None] - (noise - batch["tokens"])).mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(minimised) > float(loss)
+
+
+def test_layout_loss_is_least_where_the_head_knows_the_shares():
+    """By hand: the cross-entropy of the true shares is their entropy, and any other answer costs more."""
+    layout = np.zeros((1, 1, len(SHAPES) + len(COLORS)), np.uint8)
+    layout[0, 0, 2], layout[0, 0, len(SHAPES) + 3] = 51, 255  # a fifth of one shape, all of one colour
+    logits = np.full((1, 1, len(SHAPES) + len(COLORS) + 2), -30.0, np.float32)
+    logits[0, 0, [0, 3, len(SHAPES) + 1 + 4]] = np.log([0.8, 0.2, 1.0])
+    entropy = -0.8 * np.log(0.8) - 0.2 * np.log(0.2)
+    assert float(flow.layout_loss(jnp.asarray(logits), jnp.asarray(layout))) == pytest.approx(entropy, abs=1e-5)
+    for wrong in (logits * 0.5, np.roll(logits, 1, -1)):
+        assert float(flow.layout_loss(jnp.asarray(wrong), jnp.asarray(layout))) > entropy + 0.02
 
 
 def test_guidance_phase_starts_from_its_teacher_and_moves(tmp_path, dataset, initial):

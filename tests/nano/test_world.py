@@ -16,6 +16,7 @@ from flux_jax.nano.world import (
     Scene,
     coverage,
     grid,
+    layout,
     place,
     render,
     sample_scene,
@@ -44,6 +45,25 @@ def test_a_shape_covers_its_area_inside_its_box(shape: str, size: float):
     assert np.abs(box).max() <= size + 1 / side
     box = np.array([down.min() + rows.start, down.max() + rows.start + 1]) / side - y
     assert np.abs(box).max() <= size + 1 / side
+
+
+def test_the_layout_says_what_covers_each_cell():
+    things = (Object("cross", "red", 0.25, 0.3, 0.2), Object("star", "blue", 0.7, 0.7, 0.2))
+    names, cells = (*SHAPES, *COLORS), 8
+    covered = layout(Scene(things, 0), cells)
+    assert covered.shape == (cells * cells, len(names))
+    assert covered.dtype == np.uint8
+    for thing in things:  # areas by geometry, and the same for a thing's shape and its colour
+        whole = covered.astype(float).sum(0) / 255 / cells**2
+        assert whole[names.index(thing.shape)] == pytest.approx(AREAS[thing.shape] * thing.size**2, rel=0.01)
+        np.testing.assert_array_equal(covered[:, names.index(thing.shape)], covered[:, names.index(thing.color)])
+    rows, columns = np.divmod(
+        np.flatnonzero(covered[:, names.index("cross")]), cells
+    )  # in 0.05..0.45 across, 0.1..0.5 down
+    assert (columns.min(), columns.max(), rows.min(), rows.max()) == (0, 3, 0, 3)
+    assert np.flatnonzero(covered.sum(0)).tolist() == sorted(map(names.index, ("cross", "star", "red", "blue")))
+    with pytest.raises(ValueError, match="7 cells do not divide"):
+        layout(Scene(things, 0), 7)
 
 
 def test_the_picture_is_anti_aliased_and_its_colours_are_exact():
