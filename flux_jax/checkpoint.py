@@ -14,6 +14,7 @@ In a quantized checkpoint each ternary layer of the transformer has `.packed` (u
 had `.weight`, and the manifest has an entry `quantization` (see `flux_jax.manifest`).
 """
 
+import functools
 import importlib.metadata
 import importlib.resources
 import math
@@ -22,21 +23,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
-from flux_jax import verify
+from flux_jax import shards, soundness, verify
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
-from flux_jax.manifest import MANIFEST, TOKENIZERS, VERSION, inside, read_manifest
-from flux_jax.parts import FIXED, Placement, abstract_part, assemble, leaf_table, leaves
+from flux_jax.manifest import MANIFEST, TOKENIZERS, VERSION, inside, read_manifest, with_activations
+from flux_jax.parts import Placement, abstract_part, assemble, dotted, leaf_table, leaves, placement_of
 from flux_jax.quantize import abstract_ternary, ternary_paths
 from flux_jax.storage import begin, disk_is_full, flatten, lined_json, nest, publish, working_name
-from pallas_kernels import validate
-from pallas_kernels.settings import ACTIVATIONS
+from flux_jax.trees import Tree
 
-FLUSH_BYTES = 2**28  # weights held before they are written
+READ_BYTES = 2**28  # weights held at a time by `stream`
 ALIASES = {"nano": "nano-bf16", "nano-bf16": "nano-bf16"}  # name -> folder in the package's data
 PACKAGES = ("flux-jax-ternary", "jax", "flax", "orbax-checkpoint", "numpy")
 
@@ -89,14 +91,7 @@ class Checkpoint:
     def using(self, activations: str | None) -> "Checkpoint":
         """The same, its ternary weights multiplied with activations of that kind, "bf16" or "int8"; None: of the kind
         that the manifest says. UserError for another kind, and for a checkpoint without ternary weights."""
-        if activations is None:
-            return self
-        if self.quantization is None:
-            raise UserError(f"{self.directory} has no ternary weights, and activations are chosen for these alone.")
-        if activations not in ACTIVATIONS:
-            raise UserError(f"activations must be {' or '.join(ACTIVATIONS)}, not {activations!r}.")
-        quantization = {**self.quantization, "activations": activations}
-        return Checkpoint(self.directory, {**self.manifest, "quantization": quantization}, self.config)
+        return Checkpoint(self.directory, with_activations(self.manifest, self.directory, activations), self.config)
 
     @property
     def tokenizers(self) -> Path:
@@ -121,13 +116,14 @@ class Checkpoint:
         dtype: Any = None,
         sharding: Placement = None,
         *,
-        arrange: Callable[[str, np.ndarray], np.ndarray] = lambda name, weight: weight,
+        joined: shards.Joined = lambda path: (),
     ) -> nnx.Module:
         """One part as a module. dtype: None keeps the stored one, else floating weights are converted after reading,
         scales of ternary weights excepted.
 
         sharding: None (the default device), a `jax.sharding.Sharding`, a mesh to be replicated over, or a function of
-        (path, shape) of each leaf. arrange: gives a weight (outside name, as stored) the order of its shards.
+        (path, shape) of each leaf. Over several devices each weight is restored straight into its shards: a process
+        reads the parts of the files that its own shards lie in. joined: as in `flux_jax.shards.restore`.
 
         UserError where a weight is missing, unknown, or of another shape or dtype than the manifest or this version's
         module says: all of them in one message, and before any array is read; and where packed codes or their scales
@@ -135,12 +131,12 @@ class Checkpoint:
         """
         table, module = self.table(part), self.abstract(part)
         self._check(part, table, leaf_table(module))
-        ternary = ternary_paths(self.config) if part == "transformer" and self.quantization is not None else {}
-
-        def read(names: list[str]) -> dict[str, np.ndarray]:
-            return {name: arrange(name, weight) for name, weight in self._verified(part, names, ternary).items()}
-
-        return assemble(module, read, dtype=dtype, sharding=sharding)
+        places = [placement_of(sharding, dotted(p), v.shape) for p, v in nnx.to_flat_state(nnx.state(module))]
+        if all(isinstance(place, NamedSharding) for place in places) and any(len(p.device_set) > 1 for p in places):
+            place = functools.partial(placement_of, sharding)
+            read = functools.partial(self._restored, part)
+            return shards.restore(module, table, read, place=place, dtype=dtype, joined=joined)
+        return assemble(module, functools.partial(self._verified, part), dtype=dtype, sharding=sharding)
 
     def abstract(self, part: str) -> nnx.Module:
         """The module that `load` fills, with shapes for arrays."""
@@ -150,22 +146,26 @@ class Checkpoint:
 
     def read(self, part: str, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Some weights of a part by name, as stored, on the host. No other weight is read."""
-        from orbax.checkpoint import v1 as ocp
-
         table, names = self.table(part), set(names)
         if unknown := names - table.keys():
             raise UserError(f"{self.directory} has no {part} weights {sorted(unknown)}")
-        wanted = {n: np.empty(s, d) if n in names else ocp.PLACEHOLDER for n, (d, s) in table.items()}
-        tree = self._orbax(part, lambda path: ocp.load(path, nest(wanted)))
-        return {name: value for name, value in flatten(tree).items() if name in names}
+        return self._orbax_load(part, {n: np.empty(s, d) for n, (d, s) in table.items() if n in names})
+
+    def _orbax_load(self, part: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """The named weights, each as the array or shape with sharding that is wanted; nothing else is read."""
+        from orbax.checkpoint import v1 as ocp
+
+        target = dict.fromkeys(self.table(part), ocp.PLACEHOLDER) | wanted
+        tree = self._orbax(part, lambda path: ocp.load(path, nest(target)))
+        return {name: value for name, value in flatten(tree).items() if name in wanted}
 
     def stream(self, part: str, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """The named weights in that order, on the host, `FLUSH_BYTES` (or one weight) at a time."""
+        """The named weights in that order, on the host, `READ_BYTES` (or one weight) at a time."""
         table, batch, held = self.table(part), [], 0
         for name in names:
             dtype, shape = table[name]
             size = math.prod(shape) * dtype.itemsize
-            if batch and held + size > FLUSH_BYTES:
+            if batch and held + size > READ_BYTES:
                 yield from self._in_order(part, batch)
                 batch, held = [], 0
             batch.append(name)
@@ -177,41 +177,42 @@ class Checkpoint:
         for name in names:
             yield name, weights.pop(name)
 
-    def _verified(self, part: str, names: list[str], ternary: Mapping[str, tuple[int, int]]) -> dict[str, np.ndarray]:
-        """`read`, and then the contents of ternary layers: codes that are none, scales that are not finite."""
-        weights = self.read(part, names)
+    def _verified(self, part: str, names: list[str]) -> dict[str, np.ndarray]:
+        """`read`, and a look at what ternary layers hold."""
+        weights, ternary = self.read(part, names), self._ternary(part)
         for name, value in weights.items():
-            path, _, kind = name.rpartition(".")
-            try:
-                if path in ternary and kind == "packed":
-                    validate(value, ternary[path][1])
-                elif path in ternary and not np.isfinite(value).all():
-                    raise ValueError(f"{kind} {list(value.shape)} holds NaN or infinity")
-            except ValueError as error:
-                raise UserError(f"{self.directory}: {path} is damaged, copy the checkpoint again: {error}") from None
+            self._inspect(name, value, ternary)
         return weights
 
-    def _check(self, part: str, table: Mapping, needed: Mapping[str, tuple[int, ...]]) -> None:
+    def _restored(self, part: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Weights restored into shardings, and a look at what this process's shards of ternary layers hold."""
+        weights, ternary = self._orbax_load(part, wanted), self._ternary(part)
+        for name, array in weights.items():
+            if name.rpartition(".")[0] in ternary:
+                for data in {str(shard.index): shard.data for shard in array.addressable_shards}.values():
+                    self._inspect(name, np.asarray(data), ternary)
+        return weights
+
+    def _ternary(self, part: str) -> Mapping[str, tuple[int, int]]:
+        """Path of each ternary layer of a part -> its weight's shape."""
+        return ternary_paths(self.config) if part == "transformer" and self.quantization is not None else {}
+
+    def _inspect(self, name: str, value: np.ndarray, ternary: Mapping[str, tuple[int, int]]) -> None:
+        path, _, kind = name.rpartition(".")
+        try:
+            if path in ternary:
+                soundness.check_ternary(kind, value, ternary[path][1])
+        except ValueError as error:
+            raise UserError(f"{self.directory}: {path} is damaged, copy the checkpoint again: {error}") from None
+
+    def _check(self, part: str, table: soundness.Table, needed: Mapping[str, tuple[int, ...]]) -> None:
         """The manifest's table against the module, then Orbax's metadata against the manifest."""
         from orbax.checkpoint import v1 as ocp
 
-        faults = [f"missing: {name} {list(shape)}" for name, shape in needed.items() if name not in table]
-        faults += [f"unknown: {name}" for name in table if name not in needed]
-        for name, (dtype, shape) in table.items():
-            if name in needed and shape != needed[name]:
-                faults.append(f"wrong shape: {name} is {list(shape)}, must be {list(needed[name])}")
-            fixed = FIXED.get(name.rpartition(".")[2])
-            if dtype != fixed if fixed is not None else not jnp.issubdtype(dtype, jnp.floating):
-                faults.append(f"wrong dtype: {name} is {dtype}, must be {fixed or 'floating'}")
+        faults = soundness.faults_of_table(table, needed)
         if not faults:
-            stored = flatten(self._orbax(part, lambda path: ocp.metadata(path).metadata))
-            faults += [f"missing in the files: {name}" for name in table if name not in stored]
-            faults += [f"in the files, but not in {MANIFEST}: {name}" for name in stored if name not in table]
-            for name, (dtype, shape) in table.items():
-                found = stored.get(name)
-                if found is not None and (jnp.dtype(found.dtype), tuple(found.shape)) != (dtype, shape):
-                    files = f"{found.dtype} {list(found.shape)} in the files"
-                    faults.append(f"wrong dtype or shape: {name} is {files}, {dtype} {list(shape)} in {MANIFEST}")
+            stored = self._orbax(part, lambda path: ocp.metadata(path).metadata)
+            faults = soundness.faults_of_files(table, flatten(stored))
         if faults:
             more = f"\n  - and {len(faults) - 20} more" if len(faults) > 20 else ""
             lines = "\n".join(f"  - {fault}" for fault in faults[:20])
@@ -249,7 +250,7 @@ def save(
 
 
 class Writer:
-    """A checkpoint written weight by weight, never holding more than one weight and `FLUSH_BYTES`.
+    """A checkpoint written weight by weight; what that takes of memory: `flux_jax.trees`.
 
     A context manager: leaving it without `finish`, by an error or an interruption, leaves nothing behind. The work is
     done in `NAME.partial`; after a crash the next writer of the same name deletes that and starts clean.
@@ -259,8 +260,7 @@ class Writer:
         self.directory, self.overwrite = Path(directory), overwrite
         self.working = working_name(self.directory)
         self._tables: dict[str, dict[str, tuple[str, list[int]]]] = {}
-        self._held: dict[str, np.ndarray] = {}
-        self._flushed = False
+        self._tree: Tree | None = None  # of the part that is being written
 
     def __enter__(self) -> "Writer":
         if self.directory.exists() and not self.overwrite:
@@ -271,6 +271,8 @@ class Writer:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if self._tree is not None:
+            self._tree.abandon()
         shutil.rmtree(self.working, ignore_errors=True)
         if error is not None and disk_is_full(error):
             raise UserError(
@@ -281,11 +283,13 @@ class Writer:
         """The next weight (outside name, one layer). The weights of a part come one after the other."""
         if part not in self._tables:
             self._end_part()
-            self._tables[part] = {}
+            self._tables[part], self._tree = {}, Tree(self.working / part)
         self._tables[part][name] = (value.dtype.name, list(value.shape))
-        self._held[name] = value
-        if sum(held.nbytes for held in self._held.values()) >= FLUSH_BYTES:
-            self._flush()
+        self._tree.add(name, value)
+
+    def _end_part(self) -> None:
+        if self._tree is not None:
+            self._tree.close()
 
     def finish(
         self,
@@ -325,29 +329,6 @@ class Writer:
             note.write_text("Checkpoint commit was successful\n")
         verify.write(self.working)
         publish(self.working, self.directory)
-
-    def _part(self) -> str:
-        return next(reversed(self._tables))
-
-    def _flush(self) -> None:
-        from orbax.checkpoint import v1 as ocp
-
-        context = ocp.Context()
-        context.memory.deepcopy_host_arrays = False  # nobody changes these arrays while they are written
-        with context:
-            ocp.partial.save(self.working.absolute() / self._part(), nest(self._held))
-        self._held, self._flushed = {}, True
-
-    def _end_part(self) -> None:
-        from orbax.checkpoint import v1 as ocp
-
-        if self._flushed:
-            if self._held:
-                self._flush()
-            ocp.partial.finalize(self.working.absolute() / self._part())
-        elif self._held:  # a small part is one tree written at once
-            ocp.save(self.working.absolute() / self._part(), nest(self._held))
-        self._held, self._flushed = {}, False
 
 
 def _version(package: str) -> str | None:

@@ -48,9 +48,11 @@ def abstract_part(
     return nnx.eval_shape(lambda: change(cls(getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0))))
 
 
-def has_own_dtype(name: str) -> bool:
-    """Whether a leaf's dtype is part of what it means, so that no other may be asked for: packed codes, scales."""
-    return name.rpartition(".")[2] in FIXED
+def target_dtype(name: str, stored: Any, dtype: Any) -> Any:
+    """What a leaf that is `stored` in one dtype becomes where `dtype` is asked for: None is nothing, and the dtype of
+    packed codes and scales is part of what they mean."""
+    free = jnp.issubdtype(stored, jnp.floating) and name.rpartition(".")[2] not in FIXED
+    return dtype if dtype is not None and free else stored
 
 
 def layer_names(path: str, layers: int) -> list[str] | None:
@@ -110,9 +112,7 @@ def assemble(
         for path, variable in batch:
             parts = [weights.pop(name) for name in names[path]]
             stored = parts[0].dtype if parts else variable.dtype  # a model may have no block of a kind
-            free = jnp.issubdtype(stored, jnp.floating) and not has_own_dtype(dotted(path))
-            target = dtype if dtype is not None and free else stored
-            host = np.empty(variable.shape, target)
+            host = np.empty(variable.shape, target_dtype(dotted(path), stored, dtype))
             for i, value in enumerate(parts):
                 host[... if layers[path] is None else i] = value
             place = placement_of(sharding, dotted(path), host.shape)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -24,7 +25,10 @@ from flux_jax.checkpoint import Checkpoint
 from flux_jax.config import TransformerConfig
 from flux_jax.errors import UserError
 from flux_jax.inputs import MESH_AXES
+from flux_jax.models.ternary import TernaryLinear
 from flux_jax.parts import dotted
+from flux_jax.soundness import CODES
+from pallas_kernels import quantize_rows
 from pallas_kernels.packing import TILE
 
 AXES = MESH_AXES
@@ -59,45 +63,44 @@ def spec(path: str) -> PartitionSpec:
     return PartitionSpec()
 
 
-def arrange(config: TransformerConfig, model: int, name: str, weight: np.ndarray) -> np.ndarray:
-    """A layer's weight with its rows, or columns, in the order of shards: each shard's part of every projection that
-    is joined in the matrix (queries, keys, values; the MLP) lies together. UserError for packed codes that would have
-    to be taken apart."""
-    match = LAYER.fullmatch(name)
+def joined(config: TransformerConfig, model: int, path: str) -> tuple[int, ...]:
+    """What a layer's leaf joins along the axis that is cut, for `flux_jax.shards.restore`: queries, keys, values, and
+    the MLP. UserError for packed codes that would have to be taken apart."""
+    match = LAYER.fullmatch(path)
     if match is None or model == 1:
-        return weight
+        return ()
     (layer, kind), d = match.groups(), config.hidden_size
     if layer in ("qkv", "linear1"):
-        return np.take(weight, _interleaved([d] * 3 + [config.mlp_dim] * (layer == "linear1"), model), axis=0)
-    if layer not in BY_COLUMNS or kind not in ("weight", "packed"):
-        return weight
-    if kind == "packed" and d % (model * TILE):
+        return (d, d, d, config.mlp_dim) if layer == "linear1" else (d, d, d)
+    if kind == "packed" and layer in BY_COLUMNS and d % (model * TILE):
         raise UserError(
             f"--mesh model={model}: ternary weights are split in tiles of {TILE}, and {d} / {model} is no multiple."
         )
-    if layer != "linear2":
-        return weight
-    codes = 1 if kind == "weight" else 4  # in a column
-    return np.take(weight, _interleaved([d // codes, config.mlp_dim // codes], model), axis=1)
-
-
-def _interleaved(parts: Sequence[int], model: int) -> np.ndarray:
-    """Indices that put the m-th share of each of the joined parts together, for m = 0, 1, ..."""
-    starts = np.cumsum([0, *parts[:-1]])
-    shares = [np.arange(start, start + size).reshape(model, -1) for start, size in zip(starts, parts, strict=True)]
-    return np.concatenate(shares, axis=1).ravel()
+    if layer != "linear2" or kind not in ("weight", "packed"):
+        return ()
+    codes = 1 if kind == "weight" else CODES  # in a column
+    return d // codes, config.mlp_dim // codes
 
 
 class Summed(nnx.Module):
-    """A linear split by columns: the devices' partial products are added, then the bias once."""
+    """A linear split by columns: the devices' partial products are added, then the bias once. Rows that are rounded to
+    int8 are so by the largest magnitude on all devices, as if they lay on one."""
 
     def __init__(self, linear: Any):
         self.bias, linear.bias = linear.bias, None
         self.linear = linear
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = jax.lax.psum(self.linear(x), "model")
+        y = jax.lax.psum(self.partial(x), "model")
         return y if self.bias is None else y + self.bias[...].reshape((1,) * (y.ndim - 1) + self.bias[...].shape)
+
+    def partial(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        if not isinstance(self.linear, TernaryLinear) or self.linear.activations != "int8":
+            return self.linear(x)
+        rows = x.reshape(-1, x.shape[-1])
+        largest = jax.lax.pmax(jnp.abs(rows).max(-1), "model")
+        y = self.linear.of_rows(*quantize_rows(rows, largest), x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class Gathered(nnx.Module):
@@ -135,8 +138,8 @@ def load(stored: Checkpoint, mesh: Mesh, dtype: Any = None) -> nnx.Module:
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
         return NamedSharding(mesh, spec(path))
 
-    order = functools.partial(arrange, config, model)
-    return split(stored.load("transformer", dtype=dtype, sharding=place, arrange=order), model)
+    parts = functools.partial(joined, config, model)
+    return split(stored.load("transformer", dtype=dtype, sharding=place, joined=parts), model)
 
 
 def abstract(transformer: nnx.Module, mesh: Mesh) -> nnx.Module:

@@ -17,13 +17,17 @@ SMALLEST = 1e-30  # absmax of a row of zeros, or of next to nothing, so that no 
 EXACT_IN_FLOAT32 = 2**24 // 127  # longest row whose int8 x ternary sums float32 holds exactly
 
 
-def quantize_rows(x: Float[Array, "*rows k"]) -> tuple[Int8[Array, "*rows k"], Float32[Array, "*rows"]]:
+def quantize_rows(
+    x: Float[Array, "*rows k"], largest: Float[Array, "*rows"] | None = None
+) -> tuple[Int8[Array, "*rows k"], Float32[Array, "*rows"]]:
     """Rows to int8 by their largest magnitude: x ~ q * scale[..., None], scale = max |x| / 127, q in -127..127.
 
-    Rounds half to even. A row with NaN or infinity gets a scale that is not finite, so that the result is not, either.
+    largest: that magnitude, for an x that holds only some columns of its rows; None: x's own. Rounds half to even. A
+    row with NaN or infinity gets a scale that is not finite, so that the result is not, either.
     """
     x = x.astype(jnp.float32)
-    largest = jnp.maximum(jnp.abs(x).max(-1), SMALLEST)
+    largest = jnp.abs(x).max(-1) if largest is None else largest.astype(jnp.float32)
+    largest = jnp.maximum(largest, SMALLEST)
     q = jnp.clip(jnp.round(x * (127 / largest)[..., None]), -127, 127)
     return q.astype(jnp.int8), largest / 127
 

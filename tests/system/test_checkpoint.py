@@ -16,7 +16,7 @@ import pytest
 import tiny_model
 from orbax.checkpoint import v1 as ocp
 
-from flux_jax import checkpoint
+from flux_jax import checkpoint, trees
 from flux_jax.checkpoint import MANIFEST, Checkpoint, Writer, resolve, save
 from flux_jax.errors import UserError
 from flux_jax.parts import PARTS, leaves
@@ -92,7 +92,7 @@ def test_only_the_part_asked_for_is_read(saved, modules):
 
 
 def test_single_weights_and_streams(pristine, modules, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FLUSH_BYTES", 5000)
+    monkeypatch.setattr(checkpoint, "READ_BYTES", 5000)
     opened, wanted = Checkpoint.open(pristine), dict(leaves(modules["t5"]))
     name = "layers.0.wo.weight"
     assert opened.read("t5", [name]).keys() == {name}
@@ -102,7 +102,7 @@ def test_single_weights_and_streams(pristine, modules, monkeypatch):
 
 
 def test_a_part_larger_than_the_buffer_is_the_same_checkpoint(pristine, modules, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FLUSH_BYTES", 100_000)
+    monkeypatch.setattr(trees, "FLUSH_BYTES", 100_000)
     save(tmp_path / "pieces", CONFIG, {"transformer": modules["transformer"]})
     pieces, whole = Checkpoint.open(tmp_path / "pieces"), Checkpoint.open(pristine)
     assert pieces.table("transformer") == whole.table("transformer")
@@ -122,7 +122,7 @@ def test_read_only_directory(saved, modules):
 EIGHT = """
 import sys, jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from flux_jax import checkpoint
+from flux_jax import checkpoint, trees
 from flux_jax.parts import leaves
 assert jax.device_count() == 8
 opened = checkpoint.Checkpoint.open(sys.argv[1])
@@ -326,12 +326,15 @@ def test_a_full_disk(modules, tmp_path, monkeypatch):
 
 
 @closing_loop
-def test_writes_that_fail_in_orbax_itself(tmp_path):
+@pytest.mark.parametrize("flushed", [2**28, 10**6], ids=["at the end", "on the way"])
+def test_writes_that_fail_in_orbax_itself(flushed, tmp_path, monkeypatch):
     """The same, with a real limit on the size of files instead of a full disk."""
+    monkeypatch.setattr(trees, "FLUSH_BYTES", flushed)
 
     def write():
         with Writer(tmp_path / "out") as writer:
-            writer.add("clip", "a.weight", np.random.default_rng(0).standard_normal(300_000))
+            for name in ("a.weight", "b.weight"):
+                writer.add("clip", name, np.random.default_rng(0).standard_normal(300_000))
             writer.finish(CONFIG)
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
