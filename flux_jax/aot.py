@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 import pallas_kernels
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, pip_install
 
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"  # the plugin otherwise refuses to start without a driver
@@ -131,9 +131,7 @@ def mesh(name: str, shape: Sequence[int] = (1,), axes: Sequence[str] = ("device"
     UserError where JAX has no CUDA plugin, or has started already in a way that shut the plugin out.
     """
     if not any(map(importlib.util.find_spec, PLUGINS)):
-        raise UserError(
-            "compiling for a GPU that is not there needs JAX's CUDA plugin: pip install 'flux-jax-ternary[aot]'"
-        )
+        raise UserError(f"compiling for a GPU that is not there needs JAX's CUDA plugin: {pip_install('aot')}")
     from jax.experimental import topologies
 
     os.environ.setdefault(SKIP_CHECK, "1")  # no effect where JAX has started

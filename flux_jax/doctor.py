@@ -17,17 +17,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flux_jax import cache, memory
-from flux_jax.errors import UserError
-from flux_jax.generate import DISTRIBUTION, set_environment
+from flux_jax.errors import UserError, pip_install
+from flux_jax.generate import set_environment
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DRIVER = 580  # the first driver for CUDA 13. Source: NVIDIA's CUDA Toolkit release notes, table of driver versions
-GPU_EXTRA = f"pip install -U '{DISTRIBUTION}[cuda13]'"
+GPU_EXTRA = pip_install("cuda13")
 RANGES = {"jax": ((0, 10, 2), (0, 13)), "flax": ((0, 12, 8), (0, 13))}  # as in pyproject.toml, over all Pythons
 CUDNN = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
 GIGABYTE = 1e9
 DISK = 1.0  # GB that pictures and compiled programs want at least
 RAM = 2.0  # GB for JAX, the compiler and a small model
+GPU_SHARE = 0.5  # of its memory: less than that is free only where something else uses it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def python() -> Finding:
 def package(name: str) -> Finding:
     """A library whose versions matter."""
     version, (low, high) = version_of(name), RANGES[name]
-    fix = f"pip install -U {DISTRIBUTION}"
+    fix = pip_install()
     if version is None:
         return Finding(name, "FAIL", "not installed", fix)
     if not low <= numbers(version) < high:
@@ -83,7 +84,8 @@ def driver() -> Finding:
     try:
         match = re.search(r"Kernel Module.*?\s(\d+)\.(\d+)", DRIVER_FILE.read_text())
     except OSError:
-        return Finding("driver", "note", "no NVIDIA driver here: pictures are made on the CPU")
+        text = "no NVIDIA driver here: pictures are made on the CPU"
+        return Finding("driver", "note", text, f"for an NVIDIA GPU, install driver {DRIVER} or newer")
     if match and int(match[1]) < DRIVER:
         return Finding("driver", "note", f"{match[1]}.{match[2]} is too old for CUDA 13", f"install {DRIVER} or newer")
     return Finding("driver", "ok", f"{match[1]}.{match[2]}" if match else "of an unknown version")
@@ -92,8 +94,7 @@ def driver() -> Finding:
 def cuda() -> Finding:
     plugin, jax = version_of("jax-cuda13-plugin") or version_of("jax-cuda12-plugin"), version_of("jax")
     if plugin is None:
-        gpu = DRIVER_FILE.exists()
-        return Finding("CUDA", "note", "JAX's CUDA plugin is not installed", GPU_EXTRA if gpu else "")
+        return Finding("CUDA", "note", "JAX's CUDA plugin is not installed", f"for an NVIDIA GPU, {GPU_EXTRA}")
     if plugin != jax:
         return Finding("CUDA", "FAIL", f"plugin {plugin} beside jax {jax}", GPU_EXTRA)
     return Finding("CUDA", "ok", f"JAX's plugin {plugin}")
@@ -103,8 +104,9 @@ def cudnn() -> Finding:
     found = next(((name, version) for name in CUDNN if (version := version_of(name))), None)
     if found is not None:
         return Finding("cuDNN", "ok", f"{found[1]} ({found[0]})")
-    needed = version_of("jax-cuda13-plugin") is not None
-    return Finding("cuDNN", "FAIL" if needed else "note", "not installed with pip", GPU_EXTRA if needed else "")
+    if version_of("jax-cuda13-plugin") is not None:
+        return Finding("cuDNN", "FAIL", "not installed with pip", GPU_EXTRA)
+    return Finding("cuDNN", "note", "not installed with pip", f"for an NVIDIA GPU, {GPU_EXTRA}")
 
 
 def device() -> Finding:
@@ -132,7 +134,8 @@ def kernels() -> Finding:
     runs, why = supported("triton", current_target())
     if runs:
         return Finding("kernels", "ok", f"compute capability {current_target().compute_capability}")
-    return Finding("kernels", "note", f"{why}: ternary layers run in XLA")
+    fix = "they need an NVIDIA GPU of compute capability 8.0 or higher"
+    return Finding("kernels", "note", f"{why}: ternary layers run in XLA", fix)
 
 
 def preallocation() -> Finding:
@@ -150,14 +153,17 @@ def device_memory() -> Finding:
     first = jax.local_devices()[0]
     size, free = memory.capacity(first), memory.free(first)
     if first.platform == "cpu" or size is None or free is None:
-        return Finding("GPU memory", "note", "no GPU")
-    return Finding("GPU memory", "ok", f"{free / GIGABYTE:.1f} of {size / GIGABYTE:.1f} GB free")
+        return Finding("GPU memory", "ok", "no GPU, none needed")
+    text = f"{free / GIGABYTE:.1f} of {size / GIGABYTE:.1f} GB free"
+    if free < GPU_SHARE * size:
+        return Finding("GPU memory", "note", text, "nvidia-smi says which other program holds it")
+    return Finding("GPU memory", "ok", text)
 
 
 def ram() -> Finding:
     free = memory.host_memory("MemAvailable")
     if free is None:
-        return Finding("RAM", "note", "this system does not say")
+        return Finding("RAM", "ok", "this system does not say how much is free")
     text = f"{free / GIGABYTE:.1f} GB available"
     if free < RAM * GIGABYTE:
         return Finding("RAM", "FAIL", text, f"close programs: {RAM:.0f} GB are needed")
@@ -187,14 +193,16 @@ def token() -> Finding:
 
 
 def model() -> Finding:
-    """The model that comes with the package."""
+    """The model that comes with the package, loaded as a generation loads it."""
     from flux_jax.checkpoint import Checkpoint
     from flux_jax.generate import DEFAULT_MODEL
+    from flux_jax.pipeline import FluxPipeline
 
     try:
         stored = Checkpoint.open(DEFAULT_MODEL)
+        FluxPipeline.from_pretrained(DEFAULT_MODEL)
     except UserError as error:
-        return Finding("model", "FAIL", str(error), f"pip install --force-reinstall {DISTRIBUTION}")
+        return Finding("model", "FAIL", str(error), f"{pip_install()} --force-reinstall")
     return Finding("model", "ok", f"{stored.config.name} in {stored.directory}")
 
 
@@ -211,8 +219,9 @@ def examine() -> list[Finding]:
         try:
             found.append(check())
         except Exception as error:  # a doctor must not die of the disease
-            name = getattr(check, "__name__", "check")
-            found.append(Finding(name, "FAIL", f"{type(error).__name__}: {error}".splitlines()[0], "see above"))
+            name = getattr(check, "__name__", "check").replace("_", " ")
+            fix = pip_install() if isinstance(error, ImportError) else "mend what failed above first"
+            found.append(Finding(name, "FAIL", f"{type(error).__name__}: {error}".splitlines()[0], fix))
     return found
 
 

@@ -19,10 +19,9 @@ from typing import Any
 
 from flux_jax import cache, cli, images, jobs, lifeline, memory, verify
 from flux_jax.config import FluxConfig
-from flux_jax.errors import UserError
+from flux_jax.errors import DISTRIBUTION, UserError, pip_install
 
 DEFAULT_MODEL = "nano"
-DISTRIBUTION = "flux-jax-ternary"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         say(f"{len(planned) - len(left)} of {len(planned)} pictures exist already.")
     report: dict[str, Any] = {"model": model, "skipped": [str(job.output) for job in planned if job not in left]}
     if args.dry_run:
-        report |= {"dry_run": True, "parameters": parameter_counts(stored.config)}
+        report |= {"dry_run": True, "parameters": parameter_counts(stored.config), "weights": weights(stored)}
         report["images"] = [{"path": str(job.output), "id": job.id, **job.settings()} for job in left]
         words = ""
         if left:
@@ -135,13 +134,9 @@ def check_device(device: str | None) -> None:
     if jax.default_backend() == "gpu" or device == "cpu":
         return
     if device == "gpu":
-        raise UserError(
-            f"JAX finds no GPU; install its plugin with pip install '{DISTRIBUTION}[cuda13]', or use --device cpu."
-        )
+        raise UserError(f"JAX finds no GPU; install its plugin with {pip_install('cuda13')}, or use --device cpu.")
     if Path("/proc/driver/nvidia/version").exists():
-        say(
-            f"JAX cannot use the NVIDIA driver that is here: running on the CPU (pip install '{DISTRIBUTION}[cuda13]')."
-        )
+        say(f"JAX cannot use the NVIDIA driver that is here: running on the CPU ({pip_install('cuda13')}).")
 
 
 def generate(
@@ -166,7 +161,7 @@ def generate(
         mesh = placement.make_mesh(args.mesh, stored.config.transformer)
     how = {"offload": args.offload, "vae_tiling": args.vae_tiling, "activations": model.get("activations")}
     pipe = FluxPipeline.from_pretrained(stored.directory, dtype=dtype, mesh=mesh, **how)
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if args.verbose:
         where = f"{pipe.dtype} on {device.device_kind} ({device.platform})"
         say(f"{model['name']} from {stored.directory} | {where} | compiled programs: {cached or 'not kept'}")
@@ -208,18 +203,20 @@ def generate(
                 print(job.output, flush=True)
             if not args.quiet:
                 say(f"seed {job.seed} | {job.output} | repeat: python -m flux_jax.generate -C {job.output}")
+    peak = memory.peak(device)
     if not args.quiet:
-        say(summary(totals))
-    return {"images": made, "timings": {k: round(v, 3) for k, v in totals.items()}}
+        say(summary(totals, peak))
+    return {"images": made, "timings": {k: round(v, 3) for k, v in totals.items()}, "peak_bytes": peak}
 
 
-def summary(seconds: dict[str, float]) -> str:
-    """`load 1.0 s | compile 3.1 s | text 0.1 s | denoise 28 x 0.005 s | VAE 0.1 s`."""
+def summary(seconds: dict[str, float], peak: int | None) -> str:
+    """`load 1.0 s | compile 3.1 s | text 0.1 s | denoise 28 x 0.005 s | VAE 0.1 s | at most 3.57 GB on the device`."""
     steps = int(seconds["steps"])
-    return (
+    line = (
         f"load {seconds['load']:.1f} s | compile {seconds['compile']:.1f} s | text {seconds['text']:.2f} s | "
         f"denoise {steps} x {seconds['denoise'] / max(steps, 1):.3f} s | VAE {seconds['decode']:.2f} s"
     )
+    return line if peak is None else f"{line} | at most {peak / 1e9:.2f} GB on the device"
 
 
 def shows_bar(args) -> bool:
@@ -261,6 +258,16 @@ def parameter_counts(config: FluxConfig) -> dict[str, int]:
     }
 
 
+def weights(stored: Any) -> dict[str, Any]:
+    """The form of a checkpoint's weights, in words, and their bytes as stored."""
+    import math
+
+    rows = [(name, *row) for part in stored.parts for name, row in stored.table(part).items()]
+    form = " and ".join(sorted({dtype.name for name, dtype, _ in rows if not name.endswith((".packed", ".scale"))}))
+    size = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows)
+    return {"form": form if stored.quantization is None else f"ternary, the rest {form}", "bytes": size}
+
+
 def memory_plan(stored: Any, dtype: str, job: jobs.Job, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """What a picture would take on this machine, in words and in numbers."""
     from flux_jax import plan
@@ -278,7 +285,8 @@ def explain(report: dict[str, Any], words: str, args) -> None:
     total = sum(counts.values())
     if not args.quiet:
         listed = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-        say(f"{report['model']['name']}: {total:,} parameters ({listed}), {2 * total / 1e9:.2f} GB in bfloat16.")
+        held = f"{report['weights']['bytes'] / 1e9:.2f} GB of weights ({report['weights']['form']})"
+        say(f"{report['model']['name']}: {total:,} parameters ({listed}), {held}.")
         for image in report["images"]:
             size = f"{image['width']}x{image['height']}"
             say(f"{size}, {image['steps']} steps, seed {image['seed']}: {image['prompt']}")

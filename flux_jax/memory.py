@@ -25,6 +25,11 @@ def free(device: Any) -> int | None:
     return stats["bytes_limit"] - stats["bytes_in_use"] if stats else host_memory("MemAvailable")
 
 
+def peak(device: Any) -> int | None:
+    """The most bytes that have lain on the device since JAX started there; None where it does not count them."""
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def host_memory(field: str) -> int | None:
     """A field of /proc/meminfo in bytes; None on systems without it."""
     try:

@@ -1,9 +1,9 @@
 """`python -m flux_jax.plan --gpu l20 --size 1024x1024`: what each stage takes on a device, before anything is loaded.
 
 In: a model's configuration and form, a size, and a device: the one that is present, or a name of `flux_jax.aot`. Out:
-for each stage the weights on the device and the memory of its program, as XLA compiled it for that device; whether it
-fits, and if not, the flags that make it. Pictures are drawn one at a time: a batch takes no more. Not counted: what the
-driver keeps for itself.
+for each stage its weights, those of other parts that lie on the device meanwhile, and the memory of its program, as XLA
+compiled it for that device; whether it fits, and if not, the flags that make it. Pictures are drawn one at a time: a
+batch takes no more. Not counted: what the driver keeps for itself.
 """
 
 import argparse
@@ -108,6 +108,13 @@ class Planner:
                 return " ".join(flags + (["--vae-tiling on"] if vae_tiling == "on" else []))
         return None
 
+    def last_resort(self) -> str:
+        """What helps a model that no flag for one device makes fit."""
+        smaller = "choose a smaller --size"
+        if self.model.activations is None:
+            smaller = "choose a ternary checkpoint"
+        return f"{smaller}, or split the transformer over several devices with --mesh model=N"
+
     @functools.cache  # noqa: B019 - a planner lives as long as its answers are wanted
     def text(self) -> int:
         """Bytes of the program that encodes a prompt, beside the weights."""
@@ -171,7 +178,7 @@ def describe(planner: Planner, offloading: str, vae_tiling: str) -> tuple[str, d
         stages, vae_tiling = planner.stages(offloading, "on"), "on"
     fits = planner.fits(stages)
     capacity = "unknown" if planner.capacity is None else f"{planner.capacity / GIGABYTE:.2f} GB"
-    lines = [f"{planner.device}: {capacity} for programs", "GB          weights  waiting  program    total"]
+    lines = [f"{planner.device}: {capacity} for programs", "GB          weights   others  program    total"]
     for stage in stages:
         figures = (stage.weights, stage.waiting, stage.temporaries, stage.total)
         lines.append(f"{stage.name:10}" + "".join(f"{figure / GIGABYTE:9.3f}" for figure in figures))
@@ -181,7 +188,7 @@ def describe(planner: Planner, offloading: str, vae_tiling: str) -> tuple[str, d
     elif remedy:
         lines.append(f"It does not fit; it does with {remedy}.")
     else:
-        lines.append("It does not fit, and no flag makes it; choose a ternary checkpoint, or a smaller --size.")
+        lines.append(f"It does not fit, and no flag for one device makes it; {planner.last_resort()}.")
     rows = [dataclasses.asdict(stage) | {"total": stage.total} for stage in stages]
     return "\n".join(lines), {
         "device": planner.device,
@@ -224,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.batch < 1:
             raise UserError(f"--batch must be at least 1, not {args.batch}.")
         os.environ.setdefault(aot.SKIP_CHECK, "1")
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # a program that does not fit is an answer here, no error
         if args.model in PRESETS:
             ternary = (args.activations or "bf16") if args.weights == "ternary" else None
             model = Model(PRESETS[args.model](), ternary, jnp.dtype(jnp.bfloat16))
@@ -234,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         height, width, _ = inputs.fit_size(model.config, height, width, strict=True)
         steps, length = args.steps or defaults.num_inference_steps, defaults.max_sequence_length
         planner = Planner(model, args.gpu, height=height, width=width, steps=steps, length=length)
+        print(f"Compiling for {planner.device} ...", file=sys.stderr, flush=True)
         words, figures = describe(planner, args.offload, args.vae_tiling)
     except UserError as error:
         print(error, file=sys.stderr)

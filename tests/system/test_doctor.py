@@ -1,11 +1,15 @@
 """`python -m flux_jax.doctor`: a line for each thing, the fix for what is broken, and the truth about all of it."""
 
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from flux_jax import doctor, memory
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +24,7 @@ def test_this_machine_can_make_pictures(capsys):
     lines = out.splitlines()
     assert len(lines) == len(doctor.CHECKS)
     assert {line.split()[0] for line in lines} <= {"ok", "note"}
+    assert all(line.startswith("ok") or " -> " in line for line in lines)
     for word in ("python", "jax", "driver", "CUDA", "cuDNN", "kernels", "preallocation", "RAM", "disk", "hub token"):
         assert any(line[5:].startswith(word) for line in lines), word
     assert "Pictures can be made here." in err
@@ -87,6 +92,28 @@ def test_memory_disk_and_preallocation(monkeypatch):
     assert doctor.disk().status == "FAIL"
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
     assert doctor.preallocation().status == "note"
+
+
+@pytest.mark.parametrize("lost", ["orbax", "tokenizers", "jax"])
+def test_a_library_that_generation_needs_and_that_is_not_there(lost):
+    """In a process where importing it fails: never a traceback, never exit status 0."""
+    code = f"import sys; sys.modules[{lost!r}] = None; from flux_jax import doctor; sys.exit(doctor.main([]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert any("pip install" in line for line in failed)
+    assert all(" -> " in line for line in failed)
+    assert "Traceback" not in done.stderr
+
+
+def test_memory_that_another_program_holds(monkeypatch):
+    monkeypatch.setattr(memory, "capacity", lambda device: 8 * 10**10)
+    import jax
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu")])
+    for free, status in ((10**9, "note"), (7 * 10**10, "ok")):
+        monkeypatch.setattr(memory, "free", lambda device, free=free: free)
+        assert doctor.device_memory().status == status
 
 
 def test_one_failure_is_exit_code_2(monkeypatch, capsys):

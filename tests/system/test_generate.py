@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny_model
 from PIL import Image
 
-from flux_jax import generate, images, inputs, jobs
+from flux_jax import generate, images, inputs, jobs, memory
 from flux_jax.pipeline import FluxPipeline
 
 ROOT = Path(__file__).parents[2]
@@ -122,8 +123,8 @@ def test_json(run):
     status, out, _ = run("a red circle", "--seed", "1", "4", "--json", "-o", "{seed}.png")
     assert status == 0
     report = json.loads(out)  # one object and nothing else
-    assert set(report) == {"model", "skipped", "images", "timings"}
-    assert report["skipped"] == []
+    assert set(report) == {"model", "skipped", "images", "timings", "peak_bytes"}
+    assert (report["skipped"], report["peak_bytes"]) == ([], None)  # a CPU does not count it
     assert set(report["timings"]) == {"load", "compile", "text", "denoise", "decode", "steps"}
     assert [(entry["path"], entry["seed"]) for entry in report["images"]] == [("1.png", 1), ("4.png", 4)]
     for entry in report["images"]:
@@ -135,12 +136,29 @@ def test_dry_run_writes_nothing(run, tmp_path):
     status, out, err = run("a red circle", "--seed", 7, "--num-images", 2, "--dry-run", "-o", "{i}.png")
     assert (status, out) == (0, "0.png\n1.png\n")
     assert "126,315 parameters" in err
+    assert ", 0.00 GB of weights (float32)." in err
     assert "64x32, 3 steps, seed 8: a red circle" in err
     assert "It fits: " in err
     report = json.loads(run("a red circle", "--dry-run", "--json")[1])
     assert report["dry_run"] is True
+    assert report["weights"] == {"form": "float32", "bytes": 4 * sum(report["parameters"].values())}
     assert report["images"][0]["steps"] == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_peak_of_a_device_that_counts_it_is_told(run, monkeypatch):
+    monkeypatch.setattr(memory, "peak", lambda device: 3_570_000_000)
+    assert run("a red circle", "-o", "a.png")[2].rstrip().endswith("| at most 3.57 GB on the device")
+
+
+def test_weights_that_a_ternary_checkpoint_takes():
+    """Neither bfloat16's size nor its name for codes."""
+    tables = {
+        "transformer": {"a.packed": (np.dtype("uint8"), (4, 32)), "a.scale": (np.dtype("float32"), (4,))},
+        "clip": {"b.weight": (np.dtype("float16"), (3, 5))},
+    }
+    stored = SimpleNamespace(parts=tuple(tables), table=tables.get, quantization={"layout": 1})
+    assert generate.weights(stored) == {"form": "ternary, the rest float16", "bytes": 4 * 32 + 4 * 4 + 2 * 15}
 
 
 def test_prompts_from_a_file_go_on_where_they_stopped(run):

@@ -1,5 +1,6 @@
 """What a picture takes on a device, known before anything is loaded."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -53,8 +54,10 @@ def test_the_first_flag_that_helps_is_named(planner, monkeypatch):
         assert (f"does with {flags}." if flags else "It fits: ") in words
     monkeypatch.setattr(planner, "capacity", 3)
     words, figures = plan.describe(planner, "none", "off")
-    assert "no flag makes it" in words
+    assert "no flag for one device makes it; choose a ternary checkpoint, or split" in words
     assert figures["remedy"] is None
+    monkeypatch.setattr(planner, "model", dataclasses.replace(planner.model, activations="int8"))
+    assert "; choose a smaller --size, or split" in plan.describe(planner, "none", "off")[0]
 
 
 @pytest.mark.parametrize(
