@@ -4,7 +4,8 @@ In: nothing but disk space (about 50 GB with --full). Synthetic weights with the
 written first: seeded, bf16, drawn from one pool of normal numbers. Then, a format at a time: a plain copy of the same
 bytes (with fsync, as the converter does), the converter in a process of its own, and the same with --ternary. Out:
 seconds, MB/s of source read, the copy's speed, peak memory of the process as the system counted it, bytes written.
-Without --full a model of FLUX-nano's size, in seconds.
+Sources are read from the disk, not from what the system still holds of them. Interrupted or terminated, it leaves
+nothing behind. Without --full a model of FLUX-nano's size, in seconds.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -108,11 +110,22 @@ def write_source(folder: Path, fmt: Format, config: FluxConfig, seed: int) -> tu
     return root, total
 
 
+def weight_files(source: Path) -> list[Path]:
+    return [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
+
+
+def forget(source: Path) -> None:
+    """Drops the weights from the system's memory, so that whoever comes next reads them from the disk."""
+    for file in weight_files(source):
+        with open(file, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def copy_seconds(source: Path, target: Path) -> float:
     """Seconds to copy the weights' files and have them on the disk; the copy is deleted."""
-    files = [source] if source.is_file() else sorted(source.rglob("*.safetensors"))
+    forget(source)
     start = time.perf_counter()
-    for file in files:
+    for file in weight_files(source):
         with open(file, "rb") as read, open(target, "wb") as written:
             shutil.copyfileobj(read, written, BLOCK)
             written.flush()
@@ -127,9 +140,15 @@ def convert(source: Path, out: Path, config: Path, ternary: bool) -> dict[str, A
     fails."""
     command = [sys.executable, "-m", "convert", str(source), str(out), "--parts", "transformer", "-q"]
     command += ["--config", str(config), *(["--ternary"] if ternary else [])]
+    forget(source)
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=report.ROOT, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:  # it must not go on writing into a folder that is about to be deleted
+        process.terminate()
+        process.wait()
+        raise
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -175,10 +194,14 @@ def main(argv: Sequence[str]) -> None:
     add("--dir", type=Path, metavar="FOLDER", help="where to write (default: the system's folder for such files)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an interruption, which deletes what was written
     if args.scale is not None and (args.full or not 0 < args.scale <= 1):
         raise UserError("--scale takes a share between 0 and 1, and no --full.")
     config = dev() if args.full else nano() if args.scale is None else scaled(args.scale)
-    rows = run(config, args)
+    try:
+        rows = run(config, args)
+    except KeyboardInterrupt:
+        raise UserError("Interrupted; nothing was left behind.", 130) from None
     header = ["from", "to", "source GB", "s", "MB/s", "copy MB/s", "of copy", "peak RSS GB", "output GB"]
     lines = [
         [
