@@ -52,7 +52,7 @@ class Stream(nnx.Module):
         return [heads(y, self.config) for y in modulated(self.qkv, x, shift, scale, *parts)]
 
     def leave(
-        self, x: Float[Array, "b t d"], attended: Float[Array, "b t d"], mod: list[Float[Array, "b d"]]
+        self, x: Float[Array, "b t d"], attended: Float[Array, "b t a"], mod: list[Float[Array, "b d"]]
     ) -> Float[Array, "b t d"]:
         """x with what attention found, and then with what the MLP makes of it; mod: gate; shift, scale and gate."""
         gate, mlp_shift, mlp_scale, mlp_gate = mod
