@@ -7,13 +7,14 @@ batch takes no more. Not counted: what the driver keeps for itself.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -201,6 +202,20 @@ def describe(planner: Planner, offloading: str, vae_tiling: str) -> tuple[str, d
     }
 
 
+@contextlib.contextmanager
+def compiler_silenced() -> Iterator[None]:
+    """Keeps off stderr what XLA itself writes there: of a program that does not fit, which is an answer here, it speaks
+    as of an error. What fails is raised all the same."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def model_of(stored: Checkpoint, dtype: Any) -> Model:
     """The shapes of a checkpoint, as they would be loaded."""
     quantization = stored.manifest["quantization"]
@@ -231,7 +246,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.batch < 1:
             raise UserError(f"--batch must be at least 1, not {args.batch}.")
         os.environ.setdefault(aot.SKIP_CHECK, "1")
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # a program that does not fit is an answer here, no error
         if args.model in PRESETS:
             ternary = (args.activations or "bf16") if args.weights == "ternary" else None
             model = Model(PRESETS[args.model](), ternary, jnp.dtype(jnp.bfloat16))
@@ -243,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         steps, length = args.steps or defaults.num_inference_steps, defaults.max_sequence_length
         planner = Planner(model, args.gpu, height=height, width=width, steps=steps, length=length)
         print(f"Compiling for {planner.device} ...", file=sys.stderr, flush=True)
-        words, figures = describe(planner, args.offload, args.vae_tiling)
+        with compiler_silenced():
+            words, figures = describe(planner, args.offload, args.vae_tiling)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
