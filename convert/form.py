@@ -6,6 +6,7 @@ dtype, or, for the linears of the transformer's blocks, codes packed to two bits
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from flux_jax.checkpoint import Checkpoint
 from flux_jax.quantize import is_ternary, ternarize, ternary_paths
 from pallas_kernels import LAYOUT_VERSION, pack_ternary, packed_width, unpack_ternary
 
-ROWS = 256  # of a weight that are multiplied out at a time
+ROWS = 256  # of a weight that are packed, or multiplied out, at a time
 WARNING = "the weights were rounded, not distilled: fit for benchmarks, but pictures made with them are noise"
 
 
@@ -45,7 +46,9 @@ class Form:
             return
         path = name.removesuffix(".weight")
         codes, scale = ternarize(value, str(self.ternary))
-        yield f"{path}.packed", np.asarray(pack_ternary(codes))
+        with ThreadPoolExecutor() as pool:
+            packed = pool.map(pack_ternary, np.array_split(codes, max(1, len(codes) // ROWS)))
+            yield f"{path}.packed", np.concatenate([np.asarray(rows) for rows in packed])
         yield f"{path}.scale", scale
 
     @property

@@ -81,21 +81,21 @@ def _absmean(w, _, xp, sums):
 def _least_squares(w, second_moment, xp, sums):
     size = xp.abs(w)
     if second_moment is None:
-        falling = xp.flip(xp.sort(size, -1), -1)
-        moments = weights = xp.ones((1,) * w.ndim, np.float32)
-        count = xp.arange(1, w.shape[-1] + 1, dtype=sums).reshape(*moments.shape[:-1], -1)
+        falling = weighted = xp.flip(xp.sort(size, -1), -1)
+        count = xp.arange(1, w.shape[-1] + 1, dtype=sums).reshape((1,) * (w.ndim - 1) + w.shape[-1:])
     else:
         moments = xp.asarray(second_moment, np.float32).reshape((1,) * (w.ndim - 1) + w.shape[-1:])
         order = xp.flip(xp.argsort(size, -1), -1)
         falling = xp.take_along_axis(size, order, -1)
         weights = xp.take_along_axis(xp.broadcast_to(moments, w.shape), order, -1)
-        count = xp.maximum(xp.cumsum(weights, -1, dtype=sums), TINY)
-    best = xp.argmax(xp.square(xp.cumsum(falling * weights, -1, dtype=sums)) / count, -1)[..., None]
+        weighted, count = falling * weights, xp.maximum(xp.cumsum(weights, -1, dtype=sums), TINY)
+    total = xp.cumsum(weighted.astype(sums), -1)  # numpy converts faster first than while it adds
+    count = xp.broadcast_to(count, w.shape)
+    best = xp.argmax(xp.square(total) / count, -1)[..., None]
+    threshold, kept, divisor = (xp.take_along_axis(each, best, -1) for each in (falling, total, count))
     # Among equal sizes the gain is largest before or behind them all, so that a threshold tells the codes.
-    kept = (size >= xp.take_along_axis(falling, best, -1)).astype(np.float32)
-    used = kept * moments
-    scale = (used * size).sum(-1, dtype=sums) / xp.maximum(used.sum(-1, dtype=sums), TINY)
-    return (xp.sign(w) * kept).astype(np.int8), scale.astype(np.float32)
+    codes = (w >= threshold).astype(np.int8) - (w <= -threshold).astype(np.int8)
+    return codes, (kept / divisor)[..., 0].astype(np.float32)
 
 
 def replace_linears(transformer: nnx.Module, change: Callable[[str, Any], nnx.Module]) -> nnx.Module:
