@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert.reader import FLOATS, Source
 from convert.rules import FORMATS, Format, Rule
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.parts import abstract_part, assemble, leaf_table
+from flux_jax.safetensors import FLOATS, Source
 
 SHOWN = 40  # faults printed before "and N more"
 
@@ -160,9 +160,11 @@ def read_weight(source: Source, weight: Weight, dtype: Any = None) -> np.ndarray
     stored = [np.dtype(FLOATS[source.entries[piece.name].dtype]) for piece in weight.pieces]
     dtype = max(stored, key=lambda d: d.itemsize) if dtype is None else dtype
     out = np.empty(weight.shape, dtype)
-    for piece in weight.pieces:
-        value = source.read(piece.name)
-        out[piece.start : piece.stop] = value.reshape(out[piece.start : piece.stop].shape).astype(dtype, copy=False)
+    for piece, found in zip(weight.pieces, stored, strict=True):
+        rows = out[piece.start : piece.stop]
+        value = source.read(piece.name, rows if found == dtype else None)
+        if value is not rows:
+            rows[...] = value.reshape(rows.shape)
     if weight.change == "swap":
         out = np.concatenate(np.split(out, 2)[::-1])
     return out

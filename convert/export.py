@@ -18,12 +18,12 @@ import numpy as np
 from convert import configs
 from convert.engine import Weight, expected
 from convert.form import dense_stream, dense_table
-from convert.reader import FLOATS
 from convert.rules import FORMATS
 from convert.sources import TOKENIZER_FOLDERS
 from flux_jax.checkpoint import Checkpoint
 from flux_jax.errors import UserError
 from flux_jax.parts import PARTS, abstract_part, leaf_table
+from flux_jax.safetensors import FLOATS
 from flux_jax.storage import begin, disk_is_full, publish, working_name
 
 CLASSES = {

@@ -12,7 +12,7 @@ import published
 import pytest
 
 from convert.engine import load_module, make_plan
-from convert.reader import Entry, Source
+from flux_jax.safetensors import Entry, Source
 from convert.run import convert
 from convert.sources import Model
 from flux_jax.checkpoint import Checkpoint

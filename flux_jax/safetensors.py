@@ -60,13 +60,14 @@ class Source:
     files: list[Path] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in its stored floating dtype. Raises UserError where the file ends early."""
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        """The tensor in its stored floating dtype. out: a contiguous array of that dtype and size to read it into, if
+        it lies in a file; then that is returned. Raises UserError where the file ends early."""
         entry = self.entries[name]
         if entry.array is not None:
             return entry.array
         assert entry.file is not None
-        out = np.empty(entry.shape, FLOATS[entry.dtype])
+        out = np.empty(entry.shape, FLOATS[entry.dtype]) if out is None else out
         with open(entry.file, "rb", buffering=0) as f:
             f.seek(entry.offset)
             view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
