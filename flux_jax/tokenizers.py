@@ -139,6 +139,16 @@ def t5_tokenizer(vocab: Sequence[tuple[str, float]]) -> Tokenizer:
     return tokenizer
 
 
+def clip_ids(folder: Path, prompts: Sequence[str], length: int) -> np.ndarray:
+    """Ids int32 [b, length] of the tokenizer in a published CLIP folder (tokenizer.json, or vocab.json and merges.txt).
+    What is longer is cut, what is shorter ends in end tokens. UserError where the files lack or are broken."""
+    published = (folder / "tokenizer.json").is_file() or not (folder / "merges.txt").is_file()
+    tokenizer = _read(folder) if published else _clip_from_files(folder)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return _pad(tokenizer, prompts, length, _token_id(tokenizer, END, "clip"))
+
+
 def ensure_tokenizer_json(source: str | Path, out: str | Path) -> None:
     """Copies a tokenizer's files from a folder of a published model to `out` and makes `tokenizer.json` if it lacks.
 

@@ -5,8 +5,8 @@ In: two models, each a checkpoint with options (`nano-1.58bit@kernel=xla`; see `
 browser, `grid.png`, `report.json`; a summary on stderr, with --json the report on stdout. Needs the extra `evaluate`.
 Exit status as `flux_jax.evaluate`.
 
-LPIPS and CLIP scores are not here: their networks come as PyTorch weights for PyTorch code, which nothing in this
-project runs. DIR/a and DIR/b hold the pictures under equal names, as other tools' folders of pairs want them.
+With --clip FOLDER also CLIP scores, with --lpips FILE also LPIPS (`flux_jax.compare.clip`, `.lpips` say what these must
+be). They are taken from the finished pictures: the same command with another of them draws nothing again.
 """
 
 import importlib.util
@@ -42,6 +42,8 @@ def _run(argv: Sequence[str]) -> None:
     add("--prompts", type=Path, required=True, help=".txt, one prompt a line, or .jsonl")
     add("--out", type=Path, required=True, help="the folder; the same command again goes on where it stopped")
     add("--seed", type=int, default=0, help="prompt i has noise SEED + i, unless its line says another (%(default)s)")
+    add("--clip", type=Path, metavar="FOLDER", help="a CLIP model of the hub: CLIP scores of both models' pictures")
+    add("--lpips", type=Path, metavar="FILE", help="LPIPS weights (.safetensors): how far pictures look apart")
     making.add_sampling(parser, steps=None, model=False)
     add("--json", action="store_true", help="print the report on stdout")
     args = parser.parse_args(argv)
@@ -52,7 +54,7 @@ def _run(argv: Sequence[str]) -> None:
 
     set_environment(args.device)
     from flux_jax import cache, jobs
-    from flux_jax.compare import drawing, metrics, report
+    from flux_jax.compare import clip, drawing, lpips, metrics, report
     from flux_jax.evaluate import folders
     from flux_jax.evaluate.models import Variant
     from flux_jax.generate import check_device
@@ -65,18 +67,21 @@ def _run(argv: Sequence[str]) -> None:
     a, b = Variant.parse(args.a), Variant.parse(args.b)
     sampling = making.same_sampling(args, [a, b])
     check_device(args.device)
+    judges = {}
+    if args.clip:
+        judges[f"CLIP score by {args.clip.name}"] = clip.judge(args.clip, [task.prompt for task in tasks])
+    if args.lpips:
+        judges[f"LPIPS by {args.lpips.name}"] = lpips.judge(args.lpips, sampling["height"], sampling["width"])
     identities = {"a": a.identity(), "b": b.identity()}
     prompts = [[task.prompt, task.seed] for task in tasks]
     folders.stamp(args.out, {"comparison": identities, "sampling": sampling, "prompts": prompts})
     cache.enable()
-    rows = drawing.run(tasks, a, b, sampling, args.out)
-    about = {"a": a.label(), "b": b.label(), "models": identities, "sampling": sampling}
+    rows = drawing.judged(drawing.run(tasks, a, b, sampling, args.out), tasks, args.out, list(judges.values()))
+    about = {"a": a.label(), "b": b.label(), "models": identities, "sampling": sampling, "networks": list(judges)}
     result = report.write(args.out, tasks, rows, about)
     found = result["summary"]
-    say(metrics.verdict(found))
-    if found["psnr"] is not None:
-        similar = "" if found["ssim"] is None else f"; SSIM {found['ssim']:.4f}, worst {found['ssim_least']:.4f}"
-        say(f"PSNR {found['psnr']:.2f} dB, worst {found['psnr_least']:.2f} dB{similar}.")
+    for line in metrics.sentences(found):
+        say(line)
     say(f"{args.out / 'index.html'}")
     if args.json:
         print(json.dumps(result, ensure_ascii=False))

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from flux_jax import images
 from flux_jax.compare import metrics
+from flux_jax.compare.networks import Judge
 from flux_jax.evaluate.benchmarks import Picture
 from flux_jax.evaluate.making import recorder
 from flux_jax.evaluate.models import Variant
@@ -58,6 +59,21 @@ def run(tasks: Sequence[Task], a: Variant, b: Variant, sampling: dict[str, Any],
         task.latents(out).unlink()
     shutil.rmtree(out / "latents", ignore_errors=True)
     return [json.loads(task.result(out).read_text("utf-8")) for task in tasks]
+
+
+def judged(
+    rows: Sequence[dict[str, Any]], tasks: Sequence[Task], out: Path, judges: Sequence[Judge]
+) -> list[dict[str, Any]]:
+    """The rows with what networks say of their pictures; only one network is in memory at a time."""
+    import jax
+
+    rows = [dict(row) for row in rows]
+    for start in judges:
+        measure = start()
+        with jax.default_matmul_precision("float32"):  # a GPU's default would round the factors
+            for place, (row, task) in enumerate(zip(tqdm(rows, desc="judge", mininterval=2), tasks, strict=True)):
+                row |= measure(place, *(pixels(task.picture(side, out)) for side in "ab"))
+    return rows
 
 
 def pixels(path: Path) -> np.ndarray:

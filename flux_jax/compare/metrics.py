@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from flux_jax.evaluate.statistics import margin
+
 ROUNDING = 1e-3  # of a picture's values may lie more than 1 (of 255) apart where only rounding differs
 WINDOW = 11  # pixels: the least edge of a picture that SSIM is defined for
 
@@ -38,7 +40,8 @@ def latent_errors(a: Float[np.ndarray, "steps i c"], b: Float[np.ndarray, "steps
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Over all pictures: how many are identical and the same up to rounding; PSNR of the mean squared error, median and
-    least PSNR; mean and least SSIM; median and largest latent error behind each step."""
+    least PSNR; mean and least SSIM; median and largest latent error behind each step; where networks judged, `lpips`,
+    `clip_a`, `clip_b` and, picture by picture, `clip_b_minus_a`, each a mean with its interval."""
     found = [row["psnr"] for row in rows if row["psnr"] is not None]
     squared = [10 ** (-psnr / 10) for psnr in found] + [0.0] * (len(rows) - len(found))
     similar = [row["ssim"] for row in rows if row["ssim"] is not None]
@@ -55,7 +58,23 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "ssim_least": min(similar, default=None),
         "latent_errors_median": np.median(errors, axis=0).tolist(),
         "latent_errors_largest": errors.max(axis=0).tolist(),
+        **network_means(rows),
     }
+
+
+def network_means(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of what networks say, the mean and its 95 % interval over prompts (None for a single picture)."""
+    columns = {key: [row[key] for row in rows] for key in ("lpips", "clip_a", "clip_b") if key in rows[0]}
+    if "clip_a" in columns:
+        columns["clip_b_minus_a"] = [row["clip_b"] - row["clip_a"] for row in rows]
+    found = {}
+    for key, values in columns.items():
+        middle = float(np.mean(values))
+        half = margin(values) if len(values) > 1 else None
+        found[key] = {"mean": middle, "interval": None if half is None else [middle - half, middle + half]}
+    if "lpips" in columns:
+        found["lpips"]["largest"] = max(columns["lpips"])
+    return found
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -73,3 +92,23 @@ def verdict(result: dict[str, Any]) -> str:
     if same == count:
         return f"All {count} pictures are the same up to rounding ({rule}; {identical} identical)."
     return f"{same} of {count} pictures are the same up to rounding ({rule}; {identical} identical)."
+
+
+def sentences(result: dict[str, Any]) -> list[str]:
+    """The summary for people: the verdict, then a line for each kind of measure that there is."""
+    lines = [verdict(result)]
+    if result["psnr"] is not None:
+        similar = "" if result["ssim"] is None else f"; SSIM {result['ssim']:.4f}, worst {result['ssim_least']:.4f}"
+        lines.append(f"PSNR {result['psnr']:.2f} dB, worst {result['psnr_least']:.2f} dB{similar}.")
+    if "lpips" in result:
+        lines.append(f"LPIPS {interval(result['lpips'], 4)}, worst {result['lpips']['largest']:.4f}.")
+    if "clip_a" in result:
+        a, b, change = (interval(result[key], 2) for key in ("clip_a", "clip_b", "clip_b_minus_a"))
+        lines.append(f"CLIP score {a} of A, {b} of B; B minus A {change}.")
+    return lines
+
+
+def interval(found: dict[str, Any], digits: int) -> str:
+    """`26.31 [25.90, 26.72]`, or the mean alone where there is no interval."""
+    bounds = found["interval"] and ", ".join(f"{bound:.{digits}f}" for bound in found["interval"])
+    return f"{found['mean']:.{digits}f}" + (f" [{bounds}]" if bounds else "")

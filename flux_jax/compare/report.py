@@ -26,7 +26,8 @@ CAPTION, LINE, GAP, LABEL = 3, 12, 6, 7  # lines of a caption, pixels a line, be
 
 
 def write(out: Path, tasks: Sequence[Task], rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
-    """Writes the three files; returns what report.json holds. about: `a`, `b` (names), `sampling`, more settings."""
+    """Writes the three files; returns what report.json holds. about: `a`, `b` (names), `sampling`, `networks`
+    (what judged, in words), more settings."""
     result = about | {"summary": metrics.summary(rows), "pictures": list(rows)}
     images.write_whole(out / "report.json", (json.dumps(result, indent=1) + "\n").encode(), overwrite=True)
     buffer = io.BytesIO()
@@ -50,6 +51,7 @@ def page(out: Path, tasks: Sequence[Task], rows: Sequence[dict[str, Any]], resul
         result=result,
         summary=result["summary"],
         verdict=metrics.verdict(result["summary"]),
+        interval=metrics.interval,
         curve=_uri(curve(result["summary"]), "png"),
         cards=cards,
     )

@@ -67,8 +67,15 @@ def mean(groups: Sequence[Sequence[int | float]]) -> Estimate:
         return Estimate(score, (0.0, 1.0), len(groups), pictures)
     residuals = [sum(group) - score * len(group) for group in groups]
     variance = sum(r * r for r in residuals) * len(groups) / (len(groups) - 1) / pictures**2
-    margin = float(stdtrit(len(groups) - 1, 0.975)) * math.sqrt(variance)
-    return Estimate(score, (max(0.0, score - margin), min(1.0, score + margin)), len(groups), pictures)
+    half = float(stdtrit(len(groups) - 1, 0.975)) * math.sqrt(variance)
+    return Estimate(score, (max(0.0, score - half), min(1.0, score + half)), len(groups), pictures)
+
+
+def margin(values: Sequence[int | float]) -> float:
+    """Half of Student's 95 % interval of the mean of two or more values, one of each prompt."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def mean_difference(
@@ -76,17 +83,15 @@ def mean_difference(
 ) -> Estimate:
     """First minus second on the prompts that both have (prompt -> scores), with Student's interval of the prompts'
     differences. ValueError where they have none in common."""
-    from scipy.special import stdtrit
-
     common = [prompt for prompt in first if prompt in second]
     if not common:
         raise ValueError("no prompt in common")
-    differences = np.array([np.mean(first[prompt]) - np.mean(second[prompt]) for prompt in common])
-    score, pictures = float(differences.mean()), sum(len(first[prompt]) for prompt in common)
+    differences = [float(np.mean(first[prompt]) - np.mean(second[prompt])) for prompt in common]
+    score, pictures = float(np.mean(differences)), sum(len(first[prompt]) for prompt in common)
     if len(common) < 2:
         return Estimate(score, (-1.0, 1.0), len(common), pictures)
-    margin = float(stdtrit(len(common) - 1, 0.975) * differences.std(ddof=1)) / math.sqrt(len(common))
-    return Estimate(score, (score - margin, score + margin), len(common), pictures)
+    half = margin(differences)
+    return Estimate(score, (score - half, score + half), len(common), pictures)
 
 
 def average(parts: Sequence[Estimate]) -> Estimate:

@@ -21,9 +21,10 @@ ACTIVATIONS = {
 
 
 class CLIPLayer(nnx.Module):
-    """Causal self-attention and MLP, each added to the residual stream [b, t, hidden_size]."""
+    """Self-attention (causal in the text tower) and MLP, each added to the residual stream [b, t, hidden_size]."""
 
-    def __init__(self, config: CLIPConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: CLIPConfig, causal: bool = True, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.causal = causal
         self.num_heads = config.num_heads
         self.activation = config.activation
         width = config.hidden_size
@@ -45,11 +46,12 @@ class CLIPLayer(nnx.Module):
         return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x))))
 
     def attention(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Each token attends to itself and those before it; the logits stay in float32 through the softmax."""
+        """Tokens attend to all, or to themselves and those before; logits stay in float32 through the softmax."""
         b, t, d = x.shape
         q, k, v = (project(x).reshape(b, t, self.num_heads, -1) for project in (self.q, self.k, self.v))
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        logits = jnp.where(np.tri(t, dtype=bool)[None, None], logits, -jnp.inf)
+        if self.causal:
+            logits = jnp.where(np.tri(t, dtype=bool)[None, None], logits, -jnp.inf)
         y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(x.dtype), v)
         return self.out(y.reshape(b, t, d))
 

@@ -29,12 +29,14 @@ class Linear(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """2-D convolution, NHWC in and out, weight [out, in, k, k], bias [out]; `padding` as in jax.lax."""
+    """2-D convolution, NHWC in and out, weight [out, in, k, k], bias [out] or none; `padding` as in jax.lax."""
 
-    def __init__(self, d_in: int, d_out: int, kernel: int, *, stride: int = 1, padding=None, dtype=jnp.float32, rngs):
+    def __init__(
+        self, d_in: int, d_out: int, kernel: int, *, stride=1, padding=None, bias=True, dtype=jnp.float32, rngs
+    ):
         bound = (d_in * kernel**2) ** -0.5
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (d_out, d_in, kernel, kernel), dtype, -bound, bound))
-        self.bias = nnx.Param(jnp.zeros((d_out,), dtype))
+        self.bias = nnx.Param(jnp.zeros((d_out,), dtype)) if bias else None
         self.stride = stride
         self.padding = ((kernel // 2, kernel // 2),) * 2 if padding is None else padding
 
@@ -42,7 +44,7 @@ class Conv(nnx.Module):
         y = jax.lax.conv_general_dilated(
             x, self.weight[...], (self.stride,) * 2, self.padding, dimension_numbers=("NHWC", "OIHW", "NHWC")
         )
-        return y + per_channel(self.bias[...], y)
+        return y if self.bias is None else y + per_channel(self.bias[...], y)
 
 
 class Embedding(nnx.Module):

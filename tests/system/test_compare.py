@@ -9,11 +9,12 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+import tiny_judges
 import tiny_model
 from PIL import Image
 
 from flux_jax import checkpoint, quantize
-from flux_jax.compare import drawing, metrics, report
+from flux_jax.compare import clip, drawing, lpips, metrics, report
 from flux_jax.compare.__main__ import main
 from flux_jax.pipeline import FluxPipeline
 from pallas_kernels import LAYOUT_VERSION
@@ -144,6 +145,76 @@ def test_kernel_and_no_kernel_draw_the_same_up_to_rounding(models, prompts, tmp_
     assert max(json.loads(capsys.readouterr().out)["summary"]["latent_errors_largest"]) > 1e-3
 
 
+def test_networks_judge_finished_pictures(models, prompts, tmp_path, capsys):
+    """CLIP score and LPIPS join a comparison that is there already, in the report, in the summary, on the page."""
+    out = tmp_path / "out"
+    assert run(models["one"], models["other"], prompts, out, "--json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["networks"] == [] and "LPIPS" not in (out / "index.html").read_text()
+    times = {path: path.stat().st_mtime_ns for side in "ab" for path in (out / side).iterdir()}
+    folder, file = tiny_judges.clip(tmp_path / "tiny-clip"), tiny_judges.alexnet(tmp_path / "alex.safetensors")
+    judges = ["--clip", str(folder), "--lpips", str(file)]
+    assert run(models["one"], models["other"], prompts, out, "--json", *judges) == 0
+    shown, said = capsys.readouterr()
+    found = json.loads(shown)
+    assert {path: path.stat().st_mtime_ns for side in "ab" for path in (out / side).iterdir()} == times
+    assert found["networks"] == ["CLIP score by tiny-clip", "LPIPS by alex.safetensors"]
+    texts = [row["prompt"] for row in found["pictures"]]
+    by_clip, by_lpips = clip.judge(folder, texts)(), lpips.judge(file, 32, 64)()
+    pair = [drawing.pixels(out / side / "00002.png") for side in "ab"]
+    for name, value in (by_clip(2, *pair) | by_lpips(2, *pair)).items():
+        assert found["pictures"][2][name] == pytest.approx(value, rel=1e-5)
+    rows = [{key: value for key, value in row.items() if key in plain["pictures"][0]} for row in found["pictures"]]
+    assert rows == plain["pictures"]  # what was measured without networks stays
+    values = np.array([row["clip_b"] - row["clip_a"] for row in found["pictures"]])
+    summary, half = found["summary"], 4.302653 * values.std(ddof=1) / np.sqrt(3)  # Student's t of 2 degrees of freedom
+    assert summary["clip_b_minus_a"]["mean"] == pytest.approx(values.mean())
+    assert summary["clip_b_minus_a"]["interval"] == pytest.approx(
+        [values.mean() - half, values.mean() + half], rel=1e-5
+    )
+    assert summary["lpips"]["largest"] == max(row["lpips"] for row in found["pictures"]) > 0
+    page = (out / "index.html").read_text("utf-8")
+    for number in (summary["lpips"]["mean"], found["pictures"][1]["lpips"], summary["lpips"]["largest"]):
+        assert f"{number:.4f}" in page
+    for number in (summary["clip_a"]["mean"], found["pictures"][1]["clip_b"], values.mean()):
+        assert f"{number:.2f}" in page
+    assert f"LPIPS {summary['lpips']['mean']:.4f} [" in said and f"CLIP score {summary['clip_a']['mean']:.2f} [" in said
+
+
+def cut(folder, name):
+    """A copy of the file without its end."""
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda root: (root / "alex.safetensors").unlink(), "There is no"),
+        (lambda root: shutil.rmtree(root / "tiny-clip"), "There is no"),
+        (lambda root: cut(root, "alex.safetensors"), "truncated"),
+        (lambda root: shutil.copy(root / "tiny-clip/model.safetensors", root / "alex.safetensors"), "slice1.0.bias"),
+        (lambda root: cut(root, "tiny-clip/model.safetensors"), "truncated"),
+        (lambda root: (root / "tiny-clip/model.safetensors").unlink(), "no .safetensors file here"),
+        (lambda root: shutil.copy(root / "alex.safetensors", root / "tiny-clip/model.safetensors"), "is missing"),
+        (
+            lambda root: [(root / "tiny-clip" / name).unlink() for name in ("tokenizer.json", "merges.txt")],
+            "no tokenizer",
+        ),
+        (lambda root: (root / "tiny-clip/config.json").write_text("[]"), "does not describe a CLIP"),
+        (lambda root: (root / "tiny-clip/config.json").write_text('{"model_type": "clip"}'), "must be floats"),
+    ],
+)
+def test_wrong_judges_are_named_before_anything_is_drawn(models, prompts, tmp_path, capsys, spoil, words):
+    folder, file = tiny_judges.clip(tmp_path / "tiny-clip"), tiny_judges.alexnet(tmp_path / "alex.safetensors")
+    spoil(tmp_path)
+    judges = ["--clip", str(folder), "--lpips", str(file)]
+    assert run(models["one"], models["other"], prompts, tmp_path / "out", *judges) == 2
+    (err,) = capsys.readouterr().err.splitlines()
+    assert words in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def page(tmp_path):
     """A page of three pictures of known distances: far, identical, near."""
@@ -157,7 +228,9 @@ def page(tmp_path):
         row = metrics.picture_metrics(*(drawing.pixels(task.picture(side, tmp_path)) for side in "ab"))
         rows.append({"index": task.index, "prompt": task.prompt, "seed": task.seed, "latent_errors": [0.1, 0.2]} | row)
     sampling = {"num_inference_steps": 2, "guidance_scale": 3.5, "width": 64, "height": 40}
-    report.write(tmp_path, tasks, rows, {"a": "one", "b": "two@kernel=xla", "models": {}, "sampling": sampling})
+    report.write(
+        tmp_path, tasks, rows, {"a": "one", "b": "two@kernel=xla", "models": {}, "sampling": sampling, "networks": []}
+    )
     return tmp_path / "index.html"
 
 

@@ -1,0 +1,130 @@
+"""CLIP as the hub publishes it: its sizes, its image tower, its weights' names.
+
+In: a config.json; pictures float32 [b, size, size, 3], normalised. Out: `Towers`; what the image tower makes of the
+pictures, [b, projection]. The text tower is `flux_jax.models.clip`'s. Architecture: Radford et al. 2021.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flux_jax.config import CLIPConfig
+from flux_jax.errors import UserError
+from flux_jax.models.clip import ACTIVATIONS, CLIPLayer
+from flux_jax.models.linear import Conv, Embedding, LayerNorm, Linear, stack
+
+TEXT = {
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "position_embedding": "text_model.embeddings.position_embedding",
+    "layers": "text_model.encoder.layers",
+    "final_norm": "text_model.final_layer_norm",
+}
+IMAGE = {
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "patch_embedding": "vision_model.embeddings.patch_embedding",
+    "position_embedding": "vision_model.embeddings.position_embedding",
+    "first_norm": "vision_model.pre_layrnorm",
+    "layers": "vision_model.encoder.layers",
+    "final_norm": "vision_model.post_layernorm",
+    "projection": "visual_projection",
+}
+PROJECTION = {"weight": "text_projection.weight"}
+INSIDE = {  # a layer
+    **{name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")},
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Towers:
+    """A CLIP's sizes. image: as a text tower's, its vocabulary unused, max_positions the number of patches and one;
+    size, patch: edges in pixels."""
+
+    text: CLIPConfig
+    image: CLIPConfig
+    size: int
+    patch: int
+    projection: int
+
+
+class CLIPImage(nnx.Module):
+    """The image tower, a ViT that is read at its class token: float32 [b, size, size, 3] -> [b, projection]."""
+
+    def __init__(self, towers: Towers, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        config = towers.image
+        width, patch = config.hidden_size, towers.patch
+        self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,), dtype))
+        self.patch_embedding = Conv(
+            3, width, patch, stride=patch, padding=((0, 0),) * 2, bias=False, dtype=dtype, rngs=rngs
+        )
+        self.position_embedding = Embedding(config.max_positions, width, dtype=dtype, rngs=rngs)
+        self.first_norm = LayerNorm(width, eps=config.eps, dtype=dtype)
+        self.layers = stack(CLIPLayer, config.num_layers, config, False, dtype=dtype, rngs=rngs)
+        self.final_norm = LayerNorm(width, eps=config.eps, dtype=dtype)
+        self.projection = Linear(width, towers.projection, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+        patches = self.patch_embedding(pixels)
+        b, *_, width = patches.shape
+        first = jnp.broadcast_to(self.class_embedding[...], (b, 1, width))
+        x = jnp.concatenate([first, patches.reshape(b, -1, width)], axis=1)
+        x = self.first_norm(x + self.position_embedding.weight[...][None])
+        x, _ = jax.lax.scan(lambda x, layer: (layer(x), None), x, self.layers)
+        return self.projection(self.final_norm(x[:, 0]))
+
+
+def hub_name(names: dict[str, str], ours: str) -> str:
+    """`layers.3.q.bias` -> `text_model.encoder.layers.3.self_attn.q_proj.bias`, with the table of the tower."""
+    head, *rest = ours.split(".")
+    if head == "layers":
+        number, layer, kind = rest
+        rest = [number, INSIDE[layer], kind]
+    return ".".join([names[head], *rest])
+
+
+def read_config(path: Path) -> Towers:
+    """A CLIP's config.json; what it leaves out has transformers' defaults. UserError where it is none."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        if data["model_type"] != "clip":
+            raise ValueError(f"its model_type is {data['model_type']!r}, not 'clip'")
+        text, image = data.get("text_config") or {}, data.get("vision_config") or {}
+        size, patch = int(image.get("image_size", 224)), int(image.get("patch_size", 32))
+        positions = int(text.get("max_position_embeddings", 77))
+        return Towers(
+            dataclasses.replace(
+                _tower(text, width=512, mlp=2048, heads=8, positions=positions),
+                vocab_size=int(text.get("vocab_size", 49408)),
+                eos_token_id=int(text.get("eos_token_id", 49407)),
+            ),
+            _tower(image, width=768, mlp=3072, heads=12, positions=(size // patch) ** 2 + 1),
+            size,
+            patch,
+            int(data.get("projection_dim", 512)),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} does not describe a CLIP model as the hub has them ({error}).") from error
+
+
+def _tower(section: dict[str, Any], *, width: int, mlp: int, heads: int, positions: int) -> CLIPConfig:
+    activation = section.get("hidden_act", "quick_gelu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"its activation is {activation!r}, not {' or '.join(ACTIVATIONS)}")
+    return CLIPConfig(
+        hidden_size=int(section.get("hidden_size", width)),
+        mlp_dim=int(section.get("intermediate_size", mlp)),
+        num_heads=int(section.get("num_attention_heads", heads)),
+        num_layers=int(section.get("num_hidden_layers", 12)),
+        max_positions=positions,
+        eps=float(section.get("layer_norm_eps", 1e-5)),
+        activation=activation,
+    )
