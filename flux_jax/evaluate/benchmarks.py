@@ -22,6 +22,7 @@ from flux_jax.errors import UserError
 from flux_jax.evaluate.geneval import TAGS
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
+PROMPTS = 300  # of a category of T2I-CompBench
 IMAGES = {"geneval": 4, "t2i-compbench": 10, "parti": 1}  # of a prompt, where nothing else is asked for
 SEED = 42
 LONGEST_NAME = 255  # bytes: what file systems allow

@@ -1,8 +1,9 @@
-"""`python -m flux_jax.evaluate nano`: one model's score on FLUX-nano's captions, or two models', paired.
+"""`python -m flux_jax.evaluate nano`: a model's score on FLUX-nano's captions, or several models', paired with another.
 
-In: one model, or two. Out: OUT/ as `flux_jax.evaluate.nano` fills it; with --against OUT/model/ and OUT/against/, and
-beside them `paired.json` (differences, captions that flipped) and `flipped.png` (these captions' pictures). Tables on
-stderr.
+In: one model, or several and one --against which they are measured. Out: OUT/ as `flux_jax.evaluate.nano` fills it;
+with --against such folders OUT/against, OUT/model, OUT/model-2 ..., and beside them `table.md` (scores and differences,
+as the paper's tables have them), `paired.json` (the same and the captions that flipped), `flipped.png`, `flipped-2.png`
+... (these captions' pictures). Tables on stderr.
 """
 
 import argparse
@@ -21,8 +22,9 @@ def add_command(commands) -> None:
     parser = commands.add_parser("nano", help="FLUX-nano on 553 held-out captions, judged by its oracle")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for pictures, verdicts.jsonl and summary.json")
-    making.add_sampling(parser, steps=28)
-    add("--against", metavar="MODEL", help="a second model: the same captions and seeds, and the differences to it")
+    add("--model", nargs="+", default=["nano"], help="checkpoint or alias, with options: nano@dtype=float32 (nano)")
+    making.add_sampling(parser, steps=28, model=False)
+    add("--against", metavar="MODEL", help="one more model: the same captions and seeds, and the differences to it")
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="of a model that has no @dtype= of its own")
     add("--seed", type=int, default=0, help="picture i has seed SEED + i (default: %(default)s)")
     add("--every", type=int, default=1, help="only each N-th caption (default: all 553)")
@@ -36,10 +38,13 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     from flux_jax import cache
     from flux_jax.evaluate import folders, nano, paired
 
-    names = [args.model] if args.against is None else [args.model, args.against]
+    if len(args.model) > 1 and args.against is None:
+        raise UserError("Several models need --against: the one that they are compared with.")
+    names = args.model if args.against is None else [*args.model, args.against]
     variants = [Variant.parse(name).otherwise(dtype=args.dtype) for name in names]
     sampling = making.same_sampling(args, variants)
-    outs = [args.out] if args.against is None else [args.out / "model", args.out / "against"]
+    numbers = ["", *(f"-{i}" for i in range(2, len(names)))]  # of models and their sheets; the first has none
+    outs = [args.out] if args.against is None else [args.out / f"model{n}" for n in numbers] + [args.out / "against"]
     for out, variant in zip(outs, variants, strict=True):
         folders.stamp(out, {"benchmark": "nano", "model": variant.identity(), "sampling": sampling, "seed": args.seed})
     cache.enable()
@@ -47,15 +52,17 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     for out, variant in zip(outs, variants, strict=True):
         with variant.tracing():
             result = nano.evaluate(variant.load(), out, seed=args.seed, every=args.every, **sampling)
-        reports.append({"model": str(variant)} | result)
+        reports.append({"model": variant.label()} | result)
         verdicts.append([json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()])
         say(f"{variant}\n{nano.table(result)}")
     if args.against is None:
         return reports[0]
-    result = paired.compare(*verdicts)
-    report = {"model": reports[0], "against": reports[1], "paired": result}
+    results = [paired.compare(each, verdicts[-1]) for each in verdicts[:-1]]
+    report = {"models": reports[:-1], "against": reports[-1], "paired": results}
     images.write_whole(args.out / "paired.json", (json.dumps(report, indent=1) + "\n").encode(), overwrite=True)
-    if picture := paired.flip_sheet(result["flipped"], *outs):
-        images.write_whole(args.out / "flipped.png", nano.png(picture), overwrite=True)
-    say(f"{variants[0]} minus {variants[1]}\n{paired.table(result)}")
+    images.write_whole(args.out / "table.md", paired.page(**report).encode(), overwrite=True)
+    for variant, result, out, number in zip(variants, results, outs, numbers, strict=False):
+        if picture := paired.flip_sheet(result["flipped"], out, outs[-1]):
+            images.write_whole(args.out / f"flipped{number}.png", nano.png(picture), overwrite=True)
+        say(f"{variant} minus {variants[-1]}\n{paired.table(result)}")
     return report

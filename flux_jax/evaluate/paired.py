@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from flux_jax.errors import UserError
+from flux_jax.evaluate import paper, scoring
 from flux_jax.evaluate.sheet import sheet
 from flux_jax.evaluate.statistics import average, paired_difference, sign_test
 from flux_jax.nano.captions import EVALUATION
@@ -79,6 +80,22 @@ def flip_sheet(changes: Sequence[dict[str, Any]], out: Path, against: Path) -> I
         gained, note = change["change"] == "gained", f"{change['change']}: {change['reason']}"
         entries += [(out / file, change["prompt"], gained), (against / file, note, not gained)]
     return sheet(entries, COLUMNS) if entries else None
+
+
+def page(models: Sequence[dict[str, Any]], against: dict[str, Any], paired: Sequence[dict[str, Any]]) -> str:
+    """Markdown in the layout of the paper's Table 1: every model's scores, then what `compare` says of each."""
+
+    def cells(found: dict[str, Any], key: str, sign: str) -> list[str]:
+        entries = {"overall": found["overall"], **found["tags"]}
+        measured = {tag: scoring.cell(entry[key], entry["interval"], 3, sign) for tag, entry in entries.items()}
+        return [measured.get(column, scoring.ABSENT) for column in paper.GENEVAL_COLUMNS]
+
+    rows = [[model["model"], *cells(model, "score", "")] for model in (against, *models)]
+    for model, result in zip(models, paired, strict=True):
+        rows.append([f"{model['model']} − {against['model']}", *cells(result, "difference", "+")])
+    count = sum(entry["count"] for entry in against["tags"].values())
+    note = f"In brackets: 95 % intervals; {count} captions, the same seeds for all models, differences paired."
+    return f"{scoring.markdown(['FLUX-nano', *paper.GENEVAL_COLUMNS.values()], rows)}\n\n{note}\n"
 
 
 def table(result: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_jax.errors import UserError
-from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, read_objects
+from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, PROMPTS, read_objects
 from flux_jax.evaluate.folders import RUN, read_run
 from flux_jax.evaluate.geneval import TAGS
 
@@ -85,6 +85,9 @@ def read_t2i_compbench(path: Path, name: str) -> Measured:
             measured.notes.append(f"{name}: {category} is the {other}, not the mark that the paper's table shows")
             measured.comparable = False
         measured.scores[category] = _read_answers(result, folder)
+    count, whole = sum(map(len, measured.scores.values())), PROMPTS * len(found)
+    if count != whole:
+        measured.notes.append(f"{name}: {count} of T2I-CompBench's {whole} prompts in {', '.join(found)}")
     return measured
 
 

@@ -114,9 +114,13 @@ def cells(row: Mapping[str, Estimate], columns: Mapping[str, str], digits: int, 
         if column not in row:
             texts.append(ABSENT)
             continue
-        low, high = row[column].interval
-        texts.append(f"{row[column].score:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]")
+        texts.append(cell(row[column].score, row[column].interval, digits, sign))
     return texts
+
+
+def cell(score: float, interval: Sequence[float], digits: int, sign: str) -> str:
+    low, high = interval
+    return f"{score:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -56,12 +56,12 @@ def test_other_captions_or_seeds_cannot_be_paired():
         paired.compare(STUDENT, [*TEACHER[:-1], TEACHER[-1] | {"seed": 99}])
 
 
-def test_command_pairs_two_models(tmp_path, monkeypatch, capsys):
-    """The teacher is perfect, the student (asked for in float32) draws nothing where a star is wanted."""
+def test_command_pairs_models(tmp_path, monkeypatch, capsys):
+    """The teacher is perfect, one student (asked for in float32) draws nothing where a star is wanted, one is blind."""
 
     def load(variant):
         def draw(prompt, seed, **sampling):
-            if variant.dtype == "float32" and "star" in prompt:
+            if variant.dtype == "float32" and (variant.offload or "star" in prompt):
                 return SimpleNamespace(images=[Image.new("RGB", (128, 128))])
             scene = scene_for(np.random.default_rng(seed), parse(prompt), "held_out")
             return SimpleNamespace(images=[Image.fromarray(render(scene))])
@@ -69,16 +69,29 @@ def test_command_pairs_two_models(tmp_path, monkeypatch, capsys):
         return draw
 
     monkeypatch.setattr(Variant, "load", load)
-    command = ["nano", "--model", "nano@dtype=float32", "--against", "nano@dtype=bfloat16", "--every", "23"]
+    students = ["nano@dtype=float32", "nano@dtype=float32,offload=model"]
+    command = ["nano", "--model", *students, "--against", "nano@dtype=bfloat16", "--every", "23"]
     assert main([*command, "--out", str(tmp_path), "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     stars = [task for task in nano.tasks(0, 23) if "star" in task.caption.text]
-    assert stars and found["paired"]["overall"]["lost"] == len(stars)
-    assert {flip["prompt"] for flip in found["paired"]["flipped"]} == {task.caption.text for task in stars}
-    assert found["against"]["overall"]["score"] == 1 > found["model"]["overall"]["score"]
+    first, second = found["paired"]
+    assert stars and first["overall"]["lost"] == len(stars)
+    assert {flip["prompt"] for flip in first["flipped"]} == {task.caption.text for task in stars}
+    assert second["overall"]["lost"] == len(nano.tasks(0, 23)) and (tmp_path / "flipped-2.png").exists()
+    scores = [model["overall"]["score"] for model in (found["against"], *found["models"])]
+    assert scores[0] == 1 > scores[1] > scores[2] == 0
     assert json.loads((tmp_path / "paired.json").read_text()) == found
     assert "nano@dtype=float32 minus nano@dtype=bfloat16" in err
+    lines = (tmp_path / "table.md").read_text("utf-8").splitlines()
+    table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("|")]
+    assert table[0][:3] == ["FLUX-nano", "Overall", "Single"] and {len(row) for row in table} == {8}
+    assert [row[0] for row in table[2:5]] == ["nano@dtype=bfloat16", *students]
+    assert [row[1].split()[0] for row in table[2:]] == [
+        "1.000", f"{scores[1]:.3f}", "0.000", f"{scores[1] - 1:+.3f}", "-1.000",
+    ]  # fmt: skip
+    assert table[5][0] == "nano@dtype=float32 − nano@dtype=bfloat16"
+    assert "25 captions" in lines[-1]
     with Image.open(tmp_path / "flipped.png") as sheet:
         pixels = np.asarray(sheet)
     assert all((pixels == color).all(-1).any() for color in ((40, 160, 70), (215, 35, 40)))  # right beside wrong
@@ -86,6 +99,8 @@ def test_command_pairs_two_models(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["nano", "--model", "nano@dtype=bfloat16", "--out", str(tmp_path / "model")]) == 2
     assert "made with another model" in capsys.readouterr().err
+    assert main(["nano", "--model", *students, "--out", str(tmp_path / "new")]) == 2
+    assert "Several models need --against" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_variants_of_a_model(tmp_path):

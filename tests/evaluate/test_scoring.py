@@ -114,7 +114,7 @@ def test_t2i_compbench_from_all_eight_evaluators(tmp_path, capsys):
         assert scores[category]["score"] == pytest.approx(expected[category])
         assert (scores[category]["prompts"], scores[category]["pictures"]) == (5, 50)
     assert scores["overall"]["score"] == pytest.approx(np.mean(list(expected.values())))
-    assert found["notes"] == []
+    assert found["notes"] == [f"ours: 40 of T2I-CompBench's 2400 prompts in {', '.join(CATEGORIES)}"]
 
 
 def test_an_average_of_other_quantities_is_not_given(tmp_path, capsys):
