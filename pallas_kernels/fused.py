@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int8, Num, UInt8
 
 from pallas_kernels import reference
+from pallas_kernels.packing import check_packed
 from pallas_kernels.settings import Settings, choose, choose_settings, current_target
 
 EPS = 1e-6  # of FLUX's norms
@@ -90,6 +91,7 @@ def norm_modulate_quantize(
     """quantize_rows(layer_norm(x) * (1 + scale) + shift), in float32: adaptive layer norm in front of a product.
 
     One kernel reads x once; XLA goes over it once for the norm, once for the largest value and once to round.
+    ValueError for an unsupported implementation.
     """
     target = current_target()
     if choose(implementation, target, len(x), "int8") == "triton":
@@ -118,9 +120,11 @@ def fused_matmul(
 ) -> Num[Array, "m channels"]:
     """(x @ codes.T) * row_scale[:, None] * scale + bias, then the epilogue -> [m, n]; int8 from GeluQuantize.
 
-    x is int8 with `row_scale` or floating without, of at most 4 kp columns; `layer` picks one of the stacked weights,
-    `channels` those of the output to compute, from the first up to the second.
+    x is int8 with `row_scale` or floating without; its k codes a row take kp bytes. `layer` picks one of the stacked
+    weights, `channels` those of the output to compute, from the first up to the second. ValueError for packed rows of
+    another width, and for an unsupported implementation.
     """
+    check_packed(packed, x.shape[1])
     target, k = current_target(), 4 * packed.shape[-1]
     first, last = channels or (0, packed.shape[-2])
     out_dtype = jnp.int8 if isinstance(epilogue, GeluQuantize) else out_dtype

@@ -109,10 +109,8 @@ def _product(plan: Plan, x, packed, scale, bias, layer):
     rows, row_scale = reference.quantize_rows(rows) if plan.activations == "int8" else (rows, None)
     if k != 4 * width:
         rows = jnp.pad(rows, ((0, 0), (0, 4 * width - k)))
-    operands, options = (
-        (rows, row_scale, packed, scale.astype(jnp.float32), bias),
-        {"out_dtype": x.dtype, "layer": layer, "channels": plan.channels},
-    )
+    operands = rows, row_scale, packed, scale.astype(jnp.float32), bias
+    options = {"out_dtype": x.dtype, "layer": layer, "channels": plan.channels}
     if plan.settings is None:
         y = reference.matmul(*operands, **options)
     else:
@@ -128,7 +126,6 @@ def _forward(plan: Plan, x, packed, scale, bias, layer):
 
 def _backward(plan: Plan, saved, dy):
     x, packed, scale, bias, layer = saved
-
     rows = slice(*plan.channels) if plan.channels else slice(None)
 
     def pick(a):

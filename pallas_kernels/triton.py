@@ -227,8 +227,8 @@ def _launch(
     reused: int | None = None,
     **compiler: int,
 ):
-    """Runs `kernel` over whole operands in global memory; an operand that is None reaches the kernel as None. `reused`
-    is the one in whose place the output may be written."""
+    """Runs `kernel` over whole operands in global memory; an operand that is None reaches the kernel as None. reused:
+    the index of the operand in whose place the output may be written."""
     given = [operand for operand in operands if operand is not None]
 
     def body(*refs):
@@ -276,7 +276,7 @@ def matmul(
         raise ValueError(f"x is {list(x.shape)}: packed {list(packed.shape)} needs rows of {PLANES * kp}")
     if isinstance(epilogue, fused.NormRotary) and settings.block_n != len(epilogue.weight):
         raise ValueError(f"block_n is {settings.block_n}: expected {len(epilogue.weight)}, one head of NormRotary")
-    extra = [jnp.atleast_1d(a) for a in epilogue or () if isinstance(a, jax.Array)]
+    extra = [jnp.atleast_1d(a) for a in epilogue or ()]
     extra = [a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a for a in extra]  # cosines, and then sines
     kind = None if epilogue is None else type(epilogue)
     finish = functools.partial(_finish, kind=kind, dtype=out_dtype, interpret=interpret)

@@ -106,6 +106,8 @@ def test_norm_rotary(m, head, implementation):
 
 def test_rows_of_another_length_are_an_error():
     (x, *rest), _ = product(2, 16, 128)
+    with pytest.raises(ValueError, match=r"packed is \[16, 32\]: rows of k = 129 codes take 64 bytes, \[16, 64\]"):
+        fused_matmul(jnp.pad(x, ((0, 0), (0, 1))), *rest)
     settings = Settings(16, 16, 128, 4, 2)
     with pytest.raises(ValueError, match=r"x is \[2, 127\]: packed \[16, 32\] needs rows of 128"):
         triton.matmul(x[:, :127], *rest, settings=settings, out_dtype=jnp.float32, interpret=True)

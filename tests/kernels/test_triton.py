@@ -100,6 +100,19 @@ def test_scales_bias_and_layer(dtype, out, tolerance):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
+@pytest.mark.parametrize("out", ["float32", "bfloat16"])
+def test_an_output_is_poisoned_until_it_is_written(monkeypatch, out):
+    """The interpreter fills outputs with NaN, so that every test here sees a tile that a grid leaves out."""
+    x, row_scale, codes, scale, bias = operands(40, 40, 128)
+    given = [*map(jnp.asarray, (x, row_scale, pack_ternary(codes), scale, bias))]
+    options = {"settings": SMALL, "out_dtype": jnp.dtype(out), "interpret": True}
+    assert np.isfinite(triton.matmul(*given, **options)).all()
+    launch = triton._launch
+    short = lambda kernel, ins, out, grid, *rest, **more: launch(kernel, ins, out, grid - 1, *rest, **more)  # noqa: E731
+    monkeypatch.setattr(triton, "_launch", short)
+    np.testing.assert_array_equal(np.argwhere(np.isnan(triton.matmul(*given, **options))).min(0), [32, 32])
+
+
 def test_a_kernel_runs_under_jit_and_scan():
     x, row_scale, codes, scale, bias = operands(5, 128, 128, (2,))
     weights = tuple(map(jnp.asarray, (pack_ternary(codes), scale, bias)))

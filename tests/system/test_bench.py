@@ -184,6 +184,21 @@ def test_denoise_reports_each_trial_and_what_failed(capsys, monkeypatch, tmp_pat
     assert (tmp_path / "denoise.png").exists()
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU is here")
+def test_denoise_without_a_gpu_tells_the_compiled_memory_and_no_time(capsys, monkeypatch):
+    monkeypatch.setenv(denoise.aot.SKIP_CHECK, "1")  # which the command sets: it must not outlast the test
+    sizes = dict(zip(memory.WEIGHTS, (24.3e9, 3.53e9, 3.46e9), strict=True))
+    monkeypatch.setattr(memory, "measure", lambda gpu, name, *_: {"total_bytes": sizes[name] if gpu == "a10" else 0})
+    denoise.main(["--gpu", "a10"])
+    *table, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[-6:] for line in table[-3:]] == [
+        ["-", size, "-", "compiled,", "not", "run"] for size in ("24.3", "3.53", "3.46")
+    ]
+    found = json.loads(last)
+    assert found["device"] == "none: compiled ahead of time for a10"
+    assert found["figures"]["trials"]["bf16"] == {"peak_bytes": 24.3e9, "pictures": []}
+
+
 def test_chart_is_a_picture(tmp_path):
     pytest.importorskip("matplotlib")
     found = {"peak_bytes": 10**9, "pictures": [{"steps": 2, "seconds": [4.0, 2.0, 3.0]}]}
