@@ -155,7 +155,7 @@ class Checkpoint:
         """The named weights, each as the array or shape with sharding that is wanted; nothing else is read."""
         from orbax.checkpoint import v1 as ocp
 
-        target = dict.fromkeys(self.table(part), ocp.PLACEHOLDER) | wanted
+        target = {name: wanted.get(name, ocp.PLACEHOLDER) for name in self.table(part)}
         tree = self._orbax(part, lambda path: ocp.load(path, nest(target)))
         return {name: value for name, value in flatten(tree).items() if name in wanted}
 
@@ -281,7 +281,7 @@ class Writer:
 
     def add(self, part: str, name: str, value: np.ndarray) -> None:
         """The next weight (outside name, one layer). The weights of a part come one after the other."""
-        if part not in self._tables:
+        if self._tree is None or part not in self._tables:
             self._end_part()
             self._tables[part], self._tree = {}, Tree(self.working / part)
         self._tables[part][name] = (value.dtype.name, list(value.shape))

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     stored = stored.using(args.activations or (recorded["model"].get("activations") if ternary else None))
     sha256 = hashlib.sha256((stored.directory / MANIFEST).read_bytes()).hexdigest()
     model = {"id": name, "name": stored.config.name, "sha256": sha256}
-    if ternary:
+    if stored.quantization is not None:
         model["activations"] = stored.quantization["activations"]
     if record and record["model"].get("sha256") != sha256:
         say(f"{args.from_metadata} was made with another checkpoint than {name}: the picture will differ.")

@@ -11,7 +11,7 @@ are restored in the order of the files and then exchanged between devices, once.
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,32 +41,53 @@ def restore(
     `flux_jax.parts.assemble`. joined: the lengths, along the axis that is cut, of the projections in a leaf of which
     every shard gets a share; () for a leaf whose shards are its pieces in order."""
     definition, state = nnx.split(module)
-    flat = dict(nnx.to_flat_state(state))
-    places = {path: automatic(place(dotted(path), variable.shape)) for path, variable in flat.items()}
-    filled: dict[tuple, jax.Array] = {}
-    slots: dict[str, tuple[tuple, int | None]] = {}  # of a stored weight: its leaf, and its layer there
-    for path, variable in flat.items():
-        layers = layer_names(dotted(path), variable.shape[0] if variable.shape else 0)
-        slots |= {dotted(path): (path, None)} if layers is None else {n: (path, i) for i, n in enumerate(layers)}
+    flat = nnx.to_flat_state(state)
+    asked = {dotted(path): place(dotted(path), variable.shape) for path, variable in flat}
+    places = {leaf: automatic(sharding) for leaf, sharding in asked.items()}
+    filled: dict[str, jax.Array] = {}
+    slots: dict[str, tuple[str, int | None]] = {}  # of a stored weight: its leaf, and its layer there
+    for path, variable in flat:
+        leaf = dotted(path)
+        layers = layer_names(leaf, variable.shape[0] if variable.shape else 0)
+        slots |= {leaf: (leaf, None)} if layers is None else {name: (leaf, i) for i, name in enumerate(layers)}
         if layers is not None:
             stored = table[layers[0]][0] if layers else variable.dtype  # a model may have no block of a kind
-            like = target_dtype(dotted(path), stored, dtype)
-            filled[path] = jnp.zeros(variable.shape, like, device=places[path])
+            filled[leaf] = jnp.zeros(variable.shape, target_dtype(leaf, stored, dtype), device=places[leaf])
     for group in groups(slots, table):
-        wanted = {}
+        wanted, steps = {}, []
         for name in group:
-            (path, layer), (stored, shape) = slots[name], table[name]
-            spec = places[path].spec if layer is None else PartitionSpec(*places[path].spec[1:])
-            where = NamedSharding(places[path].mesh, spec)
-            wanted[name] = jax.ShapeDtypeStruct(shape, target_dtype(dotted(path), stored, dtype), sharding=where)
+            (leaf, layer), (stored, shape) = slots[name], table[name]
+            spec = places[leaf].spec if layer is None else PartitionSpec(*places[leaf].spec[1:])
+            where = NamedSharding(places[leaf].mesh, spec)
+            wanted[name] = jax.ShapeDtypeStruct(shape, target_dtype(leaf, stored, dtype), sharding=where)
+            steps.append(Step(leaf, layer, joined(leaf), where, places[leaf]))
         weights = dict(read(wanted))
-        for name in group:
-            (path, layer), weight, parts = slots[name], weights.pop(name), joined(dotted(slots[name][0]))
-            if parts:
-                weight = by_shares(weight, parts, wanted[name].sharding)
-            filled[path] = weight if layer is None else put_layer(filled[path], weight, np.int32(layer), places[path])
-    leaves = [(path, v.replace(rewrapped(filled[path], place(dotted(path), v.shape)))) for path, v in flat.items()]
+        started = {step.leaf: filled[step.leaf] for step in steps if step.layer is not None}
+        filled |= fill(started, [weights.pop(name) for name in group], tuple(steps))
+    leaves = [(path, variable.replace(rewrapped(filled[dotted(path)], asked[dotted(path)]))) for path, variable in flat]
     return nnx.merge(definition, nnx.from_flat_state(leaves))
+
+
+class Step(NamedTuple):
+    """Where a stored weight goes: the path of a leaf, its layer there (None: the leaf is not stacked), what it joins,
+    and how it and the leaf lie on the mesh."""
+
+    leaf: str
+    layer: int | None
+    parts: tuple[int, ...]
+    place: NamedSharding
+    leaf_place: NamedSharding
+
+
+@functools.partial(jax.jit, static_argnames="steps", donate_argnames="leaves")
+def fill(leaves: dict[str, Any], weights: list[Any], steps: tuple[Step, ...]) -> dict[str, jax.Array]:
+    """The leaves with the weights in them, stacked ones in the memory that they have: one program for a whole group."""
+    found = dict(leaves)
+    for weight, step in zip(weights, steps, strict=True):
+        weight = by_shares(weight, step.parts, step.place) if step.parts else weight
+        whole = weight if step.layer is None else found[step.leaf].at[step.layer].set(weight)
+        found[step.leaf] = jax.lax.with_sharding_constraint(whole, step.leaf_place)
+    return found
 
 
 def groups(names: Mapping[str, Any], table: Table) -> Iterator[list[str]]:
@@ -95,13 +116,6 @@ def rewrapped(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
 
 
-@functools.partial(jax.jit, static_argnames="place", donate_argnames="stacked")
-def put_layer(stacked: Any, weight: Any, layer: Any, place: NamedSharding) -> jax.Array:
-    """`stacked` [L, ...] with `weight` as its layer number `layer`, in the memory of `stacked`."""
-    return jax.lax.with_sharding_constraint(stacked.at[layer].set(weight), place)
-
-
-@functools.partial(jax.jit, static_argnames=("parts", "place"))
 def by_shares(weight: Any, parts: tuple[int, ...], place: NamedSharding) -> jax.Array:
     """A matrix that joins `parts` along the axis that `place` cuts, in the order of shards: the m-th share of each
     part together, for m = 0, 1, ..."""
