@@ -1,7 +1,8 @@
-"""`python -m flux_jax.compare A B --prompts FILE --out DIR`: the same noise through two models, side by side.
+"""`python -m flux_jax.compare A B [--prompts FILE] --out DIR`: the same noise through two models, side by side.
 
 In: two models, each a checkpoint with options (`nano-1.58bit@kernel=xla`; see `flux_jax.evaluate.models`), and prompts
-(.txt, one a line, or .jsonl with prompt and, if wanted, seed). Out: in DIR the pictures, `index.html` to open in any
+(.txt, one a line, or .jsonl with prompt and, if wanted, seed; without them FLUX-nano's: four held-out captions of each
+tag, with the seeds that `flux_jax.evaluate nano` draws them with). Out: in DIR the pictures, `index.html` for any
 browser, `grid.png`, `report.json`; a summary on stderr, with --json the report on stdout. Needs the extra `evaluate`.
 Exit status as `flux_jax.evaluate`.
 
@@ -39,7 +40,7 @@ def _run(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("a", metavar="A", help="the reference: a checkpoint folder or alias, with options: nano@dtype=float32")
     add("b", metavar="B", help="what is compared with it")
-    add("--prompts", type=Path, required=True, help=".txt, one prompt a line, or .jsonl")
+    add("--prompts", type=Path, metavar="FILE", help=".txt, one prompt a line, or .jsonl (default: FLUX-nano's)")
     add("--out", type=Path, required=True, help="the folder; the same command again goes on where it stopped")
     add("--seed", type=int, default=0, help="prompt i has noise SEED + i, unless its line says another (%(default)s)")
     add("--clip", type=Path, metavar="FOLDER", help="a CLIP model of the hub: CLIP scores of both models' pictures")
@@ -55,11 +56,14 @@ def _run(argv: Sequence[str]) -> None:
     set_environment(args.device)
     from flux_jax import cache, jobs
     from flux_jax.compare import clip, drawing, lpips, metrics, report
-    from flux_jax.evaluate import folders
+    from flux_jax.evaluate import folders, nano
     from flux_jax.evaluate.models import Variant
     from flux_jax.generate import check_device
 
-    lines, ignored = jobs.read_prompts(args.prompts)
+    if args.prompts is None:
+        lines, ignored = [{"prompt": task.caption.text, "seed": task.seed} for task in nano.examples(4, args.seed)], []
+    else:
+        lines, ignored = jobs.read_prompts(args.prompts)
     if unused := sorted(set(ignored) | {key for line in lines for key in line} - {"prompt", "seed", "id"}):
         say(f"{args.prompts}: ignoring the keys {', '.join(unused)}.")
     tasks = [drawing.Task(i, line["prompt"], line.get("seed", args.seed + i)) for i, line in enumerate(lines)]

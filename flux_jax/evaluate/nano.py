@@ -10,7 +10,7 @@ import dataclasses
 import io
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,21 @@ def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int =
 
 def overview(planned: list[Task], rows: list[dict[str, Any]], out: Path, columns: int = 8) -> Image.Image:
     """A row of pictures for each tag, evenly spread over its captions."""
-    chosen = []
-    for tag in EVALUATION:
-        indices = [i for i, entry in enumerate(rows) if entry["tag"] == tag]
-        chosen += [indices[k * len(indices) // columns] for k in range(columns) if indices]
+    chosen = [i for places in spread([entry["tag"] for entry in rows], columns).values() for i in places]
     return sheet([(planned[i].path(out), rows[i]["prompt"], rows[i]["correct"]) for i in chosen], columns)
+
+
+def spread(tags: Sequence[str], each: int) -> dict[str, list[int]]:
+    """Tag -> `each` places of those that have it in `tags`, evenly spread; tags that none has are left out."""
+    places = {tag: [i for i, other in enumerate(tags) if other == tag] for tag in EVALUATION}
+    return {tag: [found[k * len(found) // each] for k in range(each)] for tag, found in places.items() if found}
+
+
+def examples(each: int, seed: int = 0) -> list[Task]:
+    """`each` of every tag's held-out captions, evenly spread, a tag in every sixth place, with the seeds of `tasks`."""
+    planned = tasks(seed)
+    places = spread([task.caption.tag for task in planned], each)
+    return [planned[found[k]] for k in range(each) for found in places.values()]
 
 
 def png(image: Image.Image) -> bytes:

@@ -96,3 +96,12 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, code, message):
     assert main(["nano", "--out", str(tmp_path / "out"), *arguments]) == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_examples_are_four_of_each_tag_with_their_own_seeds():
+    found, planned = nano.examples(4, seed=10), nano.tasks(10)
+    assert len(found) == 24 and all(task == planned[task.index] for task in found)
+    for column, tag in enumerate(EVALUATION):  # of a grid of six
+        of_tag = [task.index for task in planned if task.caption.tag == tag]
+        places = [of_tag.index(task.index) for task in found[column::6]]
+        assert places[0] == 0 and set(np.diff([*places, len(of_tag)])) <= {len(of_tag) // 4, len(of_tag) // 4 + 1}

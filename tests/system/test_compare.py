@@ -16,6 +16,7 @@ from PIL import Image
 from flux_jax import checkpoint, quantize
 from flux_jax.compare import clip, drawing, lpips, metrics, report
 from flux_jax.compare.__main__ import main
+from flux_jax.evaluate import nano
 from flux_jax.pipeline import FluxPipeline
 from pallas_kernels import LAYOUT_VERSION
 
@@ -130,6 +131,20 @@ def test_comparison_of_two_models(models, prompts, tmp_path, capsys):
     }  # fmt: skip
     assert run(models["one"], models["other"], prompts, out, "--guidance", "1") == 2
     assert "made with another sampling" in capsys.readouterr().err
+
+
+def test_without_prompts_flux_nanos_captions_are_drawn(models, tmp_path, monkeypatch, capsys):
+    """With the seeds that its own evaluation draws them with, so that both show the same pictures."""
+    seen = []
+
+    def stop(tasks, *_):
+        seen.extend(tasks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drawing, "run", stop)
+    assert main([models["one"], models["other"], "--out", str(tmp_path / "out"), "--seed", "7"]) == 130
+    assert [(task.prompt, task.seed) for task in seen] == [(e.caption.text, e.index + 7) for e in nano.examples(4)]
+    assert "Interrupted" in capsys.readouterr().err
 
 
 def test_kernel_and_no_kernel_draw_the_same_up_to_rounding(models, prompts, tmp_path, capsys):
