@@ -131,11 +131,12 @@ class Checkpoint:
         """
         table, module = self.table(part), self.abstract(part)
         self._check(part, table, leaf_table(module))
-        places = [placement_of(sharding, dotted(p), v.shape) for p, v in nnx.to_flat_state(nnx.state(module))]
-        if all(isinstance(place, NamedSharding) for place in places) and any(len(p.device_set) > 1 for p in places):
-            place = functools.partial(placement_of, sharding)
+        shapes = {dotted(path): variable.shape for path, variable in nnx.to_flat_state(nnx.state(module))}
+        places = {leaf: placement_of(sharding, leaf, shape) for leaf, shape in shapes.items()}
+        on_mesh = {leaf: place for leaf, place in places.items() if isinstance(place, NamedSharding)}
+        if len(on_mesh) == len(places) and any(place.mesh.size > 1 for place in on_mesh.values()):
             read = functools.partial(self._restored, part)
-            return shards.restore(module, table, read, place=place, dtype=dtype, joined=joined)
+            return shards.restore(module, table, read, places=on_mesh, dtype=dtype, joined=joined)
         return assemble(module, functools.partial(self._verified, part), dtype=dtype, sharding=sharding)
 
     def abstract(self, part: str) -> nnx.Module:

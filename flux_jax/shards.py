@@ -33,17 +33,16 @@ def restore(
     table: Table,
     read: Read,
     *,
-    place: Callable[[str, tuple[int, ...]], NamedSharding],
+    places: Mapping[str, NamedSharding],
     dtype: Any = None,
     joined: Joined = lambda path: (),
 ) -> nnx.Module:
-    """The abstract `module` with the weights of `table`. place: of (path, shape) of a leaf. dtype: as in
+    """The abstract `module` with the weights of `table`. places: of each leaf, by its path. dtype: as in
     `flux_jax.parts.assemble`. joined: the lengths, along the axis that is cut, of the projections in a leaf of which
     every shard gets a share; () for a leaf whose shards are its pieces in order."""
     definition, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
-    asked = {dotted(path): place(dotted(path), variable.shape) for path, variable in flat}
-    places = {leaf: automatic(sharding) for leaf, sharding in asked.items()}
+    asked, places = places, {leaf: automatic(sharding) for leaf, sharding in places.items()}
     filled: dict[str, jax.Array] = {}
     slots: dict[str, tuple[str, int | None]] = {}  # of a stored weight: its leaf, and its layer there
     for path, variable in flat:
