@@ -61,12 +61,12 @@ def _run(argv: Sequence[str]) -> None:
     from flux_jax.generate import check_device
 
     if args.prompts is None:
-        lines, ignored = [{"prompt": task.caption.text, "seed": task.seed} for task in nano.examples(4, args.seed)], []
+        tasks = [drawing.Task(i, e.caption.text, e.seed) for i, e in enumerate(nano.examples(4, args.seed))]
     else:
         lines, ignored = jobs.read_prompts(args.prompts)
-    if unused := sorted(set(ignored) | {key for line in lines for key in line} - {"prompt", "seed", "id"}):
-        say(f"{args.prompts}: ignoring the keys {', '.join(unused)}.")
-    tasks = [drawing.Task(i, line["prompt"], line.get("seed", args.seed + i)) for i, line in enumerate(lines)]
+        if unused := sorted(set(ignored) | {key for line in lines for key in line} - {"prompt", "seed", "id"}):
+            say(f"{args.prompts}: ignoring the keys {', '.join(unused)}.")
+        tasks = [drawing.Task(i, line["prompt"], line.get("seed", args.seed + i)) for i, line in enumerate(lines)]
     inputs.check_seeds([task.seed for task in tasks])
     a, b = Variant.parse(args.a), Variant.parse(args.b)
     sampling = making.same_sampling(args, [a, b])
