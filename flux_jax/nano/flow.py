@@ -54,7 +54,7 @@ class Recipe:
     ema: float = 0.999
     dropout: float = 0.1  # share of empty captions
     layout_weight: float = 0.2  # of the head's loss beside the velocity's
-    examples: int = 49_152
+    examples: int = 32_768
     guidance_max: float = 6.0  # phase `guidance` draws g from [1, guidance_max]
     seed: int = 0
 
