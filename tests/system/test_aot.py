@@ -98,7 +98,7 @@ def test_shardings_over_the_devices_are_kept(found):
 
 @pytest.mark.skipif(PRESENT, reason="JAX's CUDA plugin is installed")
 def test_without_the_plugin_one_sentence_names_the_extra():
-    with pytest.raises(UserError, match=r"pip install 'flux-jax-ternary\[aot\]'"):
+    with pytest.raises(UserError, match=r"pip install .*\[aot\]'"):
         aot.compile_for("h100", jax.jit(jnp.sin), jnp.ones(3))
 
 
