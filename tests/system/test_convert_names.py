@@ -12,13 +12,13 @@ import published
 import pytest
 
 from convert.engine import load_module, make_plan
-from flux_jax.safetensors import Entry, Source
 from convert.run import convert
 from convert.sources import Model
 from flux_jax.checkpoint import Checkpoint
 from flux_jax.config import FluxConfig, dev, schnell
 from flux_jax.errors import UserError
 from flux_jax.parts import leaves
+from flux_jax.safetensors import Entry, Source
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "reference" / "flux_configs"
 needs_lists = pytest.mark.skipif(not SHARED.is_dir(), reason="the lists of published names and shapes are not here")
