@@ -99,7 +99,7 @@ def chart(path: Path, title: str, found: dict[str, dict[str, Any]]) -> None:
         axis.set_xlabel(label)
         axis.invert_yaxis()
         axis.margins(x=0.15)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
         rows = [[*row[:2], None, None, *row[4:]] for row in rows]
     print(report.table(header, rows))
     if args.save:
-        chart(args.save.with_suffix(".png"), f"{config.name}, {size}, {where}", found)
+        chart(args.save.with_suffix(".png"), f"{config.name}, {size}\n{where}", found)
     figures = {"model": config.name, "size": size, "tiny": args.tiny, "trials": found}
     report.finish("denoise", figures, save=args.save, on=where)
 
