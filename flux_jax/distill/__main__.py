@@ -49,8 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     if jax.process_index() == 0:
+        out = str(args.out)
+        if jax.process_count() > 1:
+            out = None
+            print(
+                f"Trained. The same command as a single process, without --processes, writes {args.out}.",
+                file=sys.stderr,
+            )
         losses = {name: about[name] for name in ("held_out_loss", "held_out_relative")}
-        print(json.dumps({"out": str(args.out)} | losses))
+        print(json.dumps({"out": out} | losses))
     return 0
 
 

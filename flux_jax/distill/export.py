@@ -56,18 +56,14 @@ def stacked_leaves(work: Workspace, params: Any) -> Iterator[tuple[str, np.ndarr
 
 
 def export(work: Workspace, params: Any, out: Path, about: Mapping[str, Any], overwrite: bool) -> None:
-    """Writes the checkpoint: whole, or not at all. about: further entries of the manifest's `quantization`."""
+    """Writes the checkpoint: whole, or not at all; of a run with one process. about: further entries of the manifest's
+    `quantization`."""
     quantization = {
         "layout": LAYOUT_VERSION,
         "method": work.options.method,
         "distilled": bool(work.options.phase_list),
         "activations": work.options.activations,
     } | dict(about)
-    if jax.process_index() > 0:
-        for _ in stacked_leaves(work, params):
-            pass  # every process takes part in gathering a leaf
-        meshes.barrier("exported")
-        return
     manifest = work.teacher.manifest
     with checkpoint.Writer(out, overwrite=overwrite) as writer:
         for name, value in stacked_leaves(work, params):
@@ -85,4 +81,3 @@ def export(work: Workspace, params: Any, out: Path, about: Mapping[str, Any], ov
             source=manifest.get("source"),
             licence=manifest.get("licence"),
         )
-    meshes.barrier("exported")

@@ -99,7 +99,10 @@ def distill(
     mesh: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Makes the checkpoint `out`; returns what its manifest says about it. UserError for what cannot be done."""
+    """Makes the checkpoint `out`; returns what its manifest says about it. UserError for what cannot be done.
+
+    Several processes train and stop there, because Orbax saves with all processes or none: a call in a single one then
+    finds everything learned, and writes the checkpoint."""
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already: choose another name, or give --overwrite to replace it.")
     if not options.modulation:
@@ -108,11 +111,12 @@ def distill(
         )
     work = prepare(teacher, out.with_name(out.name + ".run"), texts, options, mesh)
     _, params, about = teach(work)
+    if jax.process_count() > 1:
+        return about
     export.export(work, params, out, about, overwrite)
-    if jax.process_index() == 0:
-        (out / TRAINING).mkdir(exist_ok=True)
-        for name in ("metrics.jsonl", "curve.png"):
-            if (work.folder / name).exists():
-                shutil.copy(work.folder / name, out / TRAINING / name)
-        (out / TRAINING / "options.json").write_text(json.dumps(options.to_json(), indent=1) + "\n")
+    (out / TRAINING).mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "curve.png"):
+        if (work.folder / name).exists():
+            shutil.copy(work.folder / name, out / TRAINING / name)
+    (out / TRAINING / "options.json").write_text(json.dumps(options.to_json(), indent=1) + "\n")
     return about
