@@ -26,6 +26,7 @@ from flux_jax import aot
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.denoise import denoise
 from flux_jax.errors import UserError
+from flux_jax.memory import peak as device_peak
 
 DIFFUSERS = {"diffusers bf16": False, "diffusers bf16, compiled": True}  # name -> whether torch.compile is used
 TRIALS = (*memory.WEIGHTS, *DIFFUSERS)
@@ -49,8 +50,7 @@ def trial(weights: str, config: FluxConfig, steps: Sequence[int], samples: int) 
             seconds.append(time.perf_counter() - start)
         joules = power.since(before, samples)
         pictures.append({"steps": count, "seconds": seconds, "joules": joules, "finite": bool(finite.all())})
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    return {"compile_seconds": spent, "peak_bytes": peak, "pictures": pictures}
+    return {"compile_seconds": spent, "peak_bytes": device_peak(device), "pictures": pictures}
 
 
 def in_own_process(name: str, args: argparse.Namespace) -> dict[str, Any]:

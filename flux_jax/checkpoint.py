@@ -17,7 +17,6 @@ had `.weight`, and the manifest has an entry `quantization` (see `flux_jax.manif
 import functools
 import importlib.metadata
 import importlib.resources
-import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ from flux_jax import shards, soundness, verify
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.manifest import MANIFEST, TOKENIZERS, VERSION, inside, read_manifest, with_activations
-from flux_jax.parts import Placement, abstract_part, assemble, dotted, leaf_table, leaves, placement_of
+from flux_jax.parts import Placement, abstract_part, assemble, batches, dotted, leaf_table, leaves, placement_of
 from flux_jax.quantize import abstract_ternary, ternary_paths
 from flux_jax.storage import begin, disk_is_full, flatten, lined_json, nest, publish, working_name
 from flux_jax.trees import Tree
@@ -162,21 +161,11 @@ class Checkpoint:
 
     def stream(self, part: str, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """The named weights in that order, on the host, `READ_BYTES` (or one weight) at a time."""
-        table, batch, held = self.table(part), [], 0
-        for name in names:
-            dtype, shape = table[name]
-            size = math.prod(shape) * dtype.itemsize
-            if batch and held + size > READ_BYTES:
-                yield from self._in_order(part, batch)
-                batch, held = [], 0
-            batch.append(name)
-            held += size
-        yield from self._in_order(part, batch)
-
-    def _in_order(self, part: str, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-        weights = self.read(part, names)
-        for name in names:
-            yield name, weights.pop(name)
+        size = functools.partial(soundness.stored_bytes, self.table(part))
+        for batch in batches(names, size, READ_BYTES):
+            weights = self.read(part, batch)
+            for name in batch:
+                yield name, weights.pop(name)
 
     def _verified(self, part: str, names: list[str]) -> dict[str, np.ndarray]:
         """`read`, and a look at what ternary layers hold."""

@@ -260,11 +260,12 @@ def parameter_counts(config: FluxConfig) -> dict[str, int]:
 
 def weights(stored: Any) -> dict[str, Any]:
     """The form of a checkpoint's weights, in words, and their bytes as stored."""
-    import math
+    from flux_jax.soundness import stored_bytes
 
-    rows = [(name, *row) for part in stored.parts for name, row in stored.table(part).items()]
-    form = " and ".join(sorted({dtype.name for name, dtype, _ in rows if not name.endswith((".packed", ".scale"))}))
-    size = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in rows)
+    tables = [stored.table(part) for part in stored.parts]
+    floating = {d.name for table in tables for n, (d, _) in table.items() if not n.endswith((".packed", ".scale"))}
+    form = " and ".join(sorted(floating))
+    size = sum(stored_bytes(table, name) for table in tables for name in table)
     return {"form": form if stored.quantization is None else f"ternary, the rest {form}", "bytes": size}
 
 

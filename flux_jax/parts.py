@@ -7,8 +7,9 @@ k]): that is how weights are published, and nothing that converts or loads them 
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ FIXED = {"packed": jnp.dtype(jnp.uint8), "scale": jnp.dtype(jnp.float32)}  # lea
 STACKED = ("double_blocks", "single_blocks", "layers")  # children whose every leaf has a leading axis of layers
 BATCH_BYTES = 2**30  # weights read at a time, if a single leaf is not larger
 
+T = TypeVar("T")
 Placement = Sharding | Mesh | Callable[[str, tuple[int, ...]], Sharding] | None
 
 
@@ -105,7 +107,7 @@ def assemble(
     """
     definition, state = nnx.split(module)
     filled = []
-    for batch in _batches(nnx.to_flat_state(state)):
+    for batch in batches(nnx.to_flat_state(state), lambda leaf: 4 * math.prod(leaf[1].shape), BATCH_BYTES):
         layers = {path: layer_names(dotted(path), v.shape[0] if v.shape else 0) for path, v in batch}
         names = {path: [dotted(path)] if each is None else each for path, each in layers.items()}
         weights = dict(read([name for each in names.values() for name in each]))
@@ -120,14 +122,15 @@ def assemble(
     return nnx.merge(definition, nnx.from_flat_state(filled))
 
 
-def _batches(flat) -> Iterator[list]:
-    batch, size = [], 0
-    for path, variable in flat:
-        nbytes = int(np.prod(variable.shape)) * 4
-        if batch and size + nbytes > BATCH_BYTES:
+def batches(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """The items, in order, in lists of at most `limit` bytes; one that is larger has a list of its own."""
+    batch, held = [], 0
+    for item in items:
+        size = nbytes(item)
+        if batch and held + size > limit:
             yield batch
-            batch, size = [], 0
-        batch.append((path, variable))
-        size += nbytes
+            batch, held = [], 0
+        batch.append(item)
+        held += size
     if batch:
         yield batch

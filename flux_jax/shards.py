@@ -9,8 +9,7 @@ are restored in the order of the files and then exchanged between devices, once.
 """
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +18,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flux_jax.parts import dotted, layer_names, target_dtype
-from flux_jax.soundness import Table
+from flux_jax.parts import batches, dotted, layer_names, target_dtype
+from flux_jax.soundness import Table, stored_bytes
 
 GROUP_BYTES = 2**30  # of stored weights that are read at a time, over all devices, if a single one is not larger
 
@@ -52,7 +51,7 @@ def restore(
         if layers is not None:
             stored = table[layers[0]][0] if layers else variable.dtype  # a model may have no block of a kind
             filled[leaf] = jnp.zeros(variable.shape, target_dtype(leaf, stored, dtype), device=places[leaf])
-    for group in groups(slots, table):
+    for group in batches(slots, functools.partial(stored_bytes, table), GROUP_BYTES):
         wanted, steps = {}, []
         for name in group:
             (leaf, layer), (stored, shape) = slots[name], table[name]
@@ -87,21 +86,6 @@ def fill(leaves: dict[str, Any], weights: list[Any], steps: tuple[Step, ...]) ->
         whole = weight if step.layer is None else found[step.leaf].at[step.layer].set(weight)
         found[step.leaf] = jax.lax.with_sharding_constraint(whole, step.leaf_place)
     return found
-
-
-def groups(names: Mapping[str, Any], table: Table) -> Iterator[list[str]]:
-    """The names, in order, in groups of at most `GROUP_BYTES`."""
-    group, held = [], 0
-    for name in names:
-        dtype, shape = table[name]
-        size = math.prod(shape) * dtype.itemsize
-        if group and held + size > GROUP_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(name)
-        held += size
-    if group:
-        yield group
 
 
 def automatic(sharding: NamedSharding) -> NamedSharding:

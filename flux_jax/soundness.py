@@ -4,6 +4,7 @@ In: tables of what a manifest says, of what a module needs and of what lies in t
 Out: a line for each fault; ValueError for codes and scales that no ternary layer can have.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,11 @@ from pallas_kernels import packed_width, validate
 
 CODES = 4  # in a byte
 Table = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # outside name -> dtype and shape, as stored
+
+
+def stored_bytes(table: Table, name: str) -> int:
+    dtype, shape = table[name]
+    return math.prod(shape) * dtype.itemsize
 
 
 def faults_of_table(table: Table, needed: Mapping[str, tuple[int, ...]]) -> list[str]:

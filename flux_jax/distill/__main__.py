@@ -49,15 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     if jax.process_index() == 0:
-        out = str(args.out)
-        if jax.process_count() > 1:
-            out = None
-            print(
-                f"Trained. The same command as a single process, without --processes, writes {args.out}.",
-                file=sys.stderr,
-            )
+        written = jax.process_count() == 1
+        if not written:
+            print(f"Trained; the same command as a single process now writes {args.out}.", file=sys.stderr)
         losses = {name: about[name] for name in ("held_out_loss", "held_out_relative")}
-        print(json.dumps({"out": out} | losses))
+        print(json.dumps({"out": str(args.out) if written else None} | losses))
     return 0
 
 

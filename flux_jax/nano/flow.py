@@ -8,8 +8,10 @@ Phase `flow` minimises |v(x_t, t, text) - (noise - x)|^2 with x_t = (1 - t) x + 
 2403.03206); one caption in ten is empty, so that the model also knows the unconditional velocity. Beside it, a head on
 the image stream behind the double blocks, which is thrown away in the end, learns what the finished picture shows at
 each token: so the first blocks learn early to plan a picture (the idea of REPA, arXiv 2410.06940, with the renderer's
-own truth in place of a pretrained encoder). Phase `guidance` then
-teaches the guidance input g what two evaluations give, v(empty) + g (v(text) - v(empty)) (arXiv 2210.03142).
+own truth in place of a pretrained encoder).
+
+Phase `guidance` then teaches the guidance input g what two evaluations give, v(empty) + g (v(text) - v(empty)) (arXiv
+2210.03142).
 """
 
 import dataclasses
