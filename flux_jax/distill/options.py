@@ -66,6 +66,9 @@ class Options:
     rematerialise: bool = option(False, "recompute blocks in the backward pass: less memory, a third more time")
 
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of activations; auto: bfloat16 on a GPU")
+    products: Literal["float32", "bfloat16"] = option(
+        "bfloat16", "of the operands of the student's products, where activations are float32"
+    )
     save_every: int = option(500, "steps between checkpoints")
     log_every: int = option(50, "steps between lines of metrics")
     max_skipped: int = option(20, "steps whose loss is not finite, before the run stops")

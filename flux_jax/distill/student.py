@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int8
 
 from flux_jax.distill.options import Options
 from flux_jax.models.linear import Linear, per_channel
+from flux_jax.models.mixed import accumulated, mixed_product
 from flux_jax.parts import dotted
 from flux_jax.quantize import is_ternary, ternarize
 from pallas_kernels import quantize_rows
@@ -47,6 +48,7 @@ class LatentLinear(nnx.Module):
 
     latent [..., n, k]; log_scale float32 [..., n], or [..., 1] for one scale per matrix; bias [..., n] or none.
     activations: "int8" rounds each row of x as `pallas_kernels.quantize_rows` does, with a straight-through gradient.
+    products: "bfloat16" rounds the operands of products of float32 (codes and int8 rows are exact in it, x is not).
     rows: where y lies, its first axis being the batch's. Said here, it makes XLA gather a layer's cut weights and leave
     activations where they are, the cheaper of the two for training.
     """
@@ -58,22 +60,26 @@ class LatentLinear(nnx.Module):
         bias: Any = None,
         *,
         activations: str = "bf16",
+        products: str = "float32",
         rows: NamedSharding | None = None,
     ):
         self.latent = Latent(latent)
         self.log_scale = nnx.Param(log_scale)
         self.bias = None if bias is None else nnx.Param(bias)
-        self.activations, self.rows = activations, rows
+        self.activations, self.products, self.rows = activations, products, rows
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        rounded, latent = x, self.latent[...].astype(jnp.float32)
+        operand, row_scale, latent = x, None, self.latent[...].astype(jnp.float32)
         if self.activations == "int8":
             integers, row_scale = quantize_rows(x)
-            acts_as = integers.astype(jnp.float32) * row_scale.reshape(*x.shape[:-1], 1)
-            rounded = straight_through(x, acts_as.astype(x.dtype))
+            row_scale = jax.lax.stop_gradient(row_scale).reshape(*x.shape[:-1], 1)
+            operand = straight_through(x / row_scale.astype(x.dtype), integers.astype(x.dtype))
         weight = straight_through(latent, codes(latent)).astype(x.dtype)
-        y = jax.lax.dot_general(rounded, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        mixed = self.products == "bfloat16" and x.dtype == jnp.float32
+        y = mixed_product(operand, weight) if mixed else accumulated(operand, weight)
         y = y * per_channel(jnp.broadcast_to(jnp.exp(self.log_scale[...]), y.shape[-1:]), y)
+        if row_scale is not None:
+            y = y * row_scale
         if self.bias is not None:
             y = y + per_channel(self.bias[...].astype(jnp.float32), y)
         y = y.astype(x.dtype)
@@ -128,7 +134,12 @@ def student_of(
         latent, log_scale = initial(linear.weight[...], options, (moments or {}).get(name))
         bias = None if linear.bias is None else linear.bias[...]
         return LatentLinear(
-            latent.astype(jnp.dtype(options.latent_dtype)), log_scale, bias, activations=options.activations, rows=rows
+            latent.astype(jnp.dtype(options.latent_dtype)),
+            log_scale,
+            bias,
+            activations=options.activations,
+            products=options.products,
+            rows=rows,
         )
 
     student = replace_linears(module, prefix, options, make)

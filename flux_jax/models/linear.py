@@ -4,6 +4,8 @@ In and out: activations [..., channels] (images [b, h, w, channels]). Weights ke
 [out, in, kh, kw], so that conversion from the published files is renaming and stacking, never a transpose.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,8 +17,17 @@ def per_channel(v: Float[Array, " d"], like: Float[Array, "*b d"]) -> Float[Arra
     return v.reshape((1,) * (like.ndim - 1) + v.shape)
 
 
+def product(x: Float[Array, "*b i"], weight: Float[Array, "o i"]) -> Float[Array, "*b o"]:
+    """x @ weight.T in x's dtype."""
+    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+
+
 class Linear(nnx.Module):
-    """y = x @ weight.T + bias, in x's dtype. weight [out, in], bias [out] or none."""
+    """y = x @ weight.T + bias, in x's dtype. weight [out, in], bias [out] or none.
+
+    product: what computes x @ weight.T; training may put one that rounds its operands in its place."""
+
+    product: Callable[[Array, Array], Array] = staticmethod(product)
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool = True, dtype=jnp.float32, rngs: nnx.Rngs):
         bound = d_in**-0.5
@@ -24,7 +35,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = jax.lax.dot_general(x, self.weight[...], (((x.ndim - 1,), (1,)), ((), ())))
+        y = self.product(x, self.weight[...])
         return y if self.bias is None else y + per_channel(self.bias[...], y)
 
 

@@ -84,12 +84,13 @@ def module_at(module: Any, path: tuple) -> Any:
     return module
 
 
-def scan_blocks(step: Callable, carry: Any, blocks: nnx.Module, *each: Any) -> Any:
+def scan_blocks(step: Callable, carry: Any, blocks: nnx.Module, *each: Any, unroll: bool = False) -> Any:
     """The last carry of carry = step(carry, block, *slices) over stacked blocks and whatever else has a leading axis of
     layers.
 
     A scan hands each layer a slice of every leaf. XLA would copy it in front of a kernel, every weight at every step of
-    the sampler: so the leaves of ternary layers stay outside, whole, and each layer gets its index instead.
+    the sampler: so the leaves of ternary layers stay outside, whole, and each layer gets its index instead. `unroll`
+    writes the layers out: longer to compile, and gradients need no stack of what each layer leaves for them.
     """
     paths = [path for path, module in nnx.iter_modules(blocks) if isinstance(module, TernaryLinear)]
     definition, whole, sliced = nnx.split(blocks, lambda path, _: tuple(path[:-1]) in paths, ...)
@@ -102,4 +103,4 @@ def scan_blocks(step: Callable, carry: Any, blocks: nnx.Module, *each: Any) -> A
         return step(carry, block, *slices), None
 
     count = jax.tree.leaves(each)[0].shape[0]
-    return jax.lax.scan(body, carry, (jnp.arange(count), sliced, each))[0]
+    return jax.lax.scan(body, carry, (jnp.arange(count), sliced, each), unroll=unroll)[0]

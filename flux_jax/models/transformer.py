@@ -81,6 +81,7 @@ class Transformer(nnx.Module):
         self.final_layer = FinalLayer(config, dtype=dtype, rngs=rngs)
         self.config = config
         self.rematerialise = False  # where memory is short: each block is computed again for its gradients
+        self.unroll = False  # for training a few small blocks on a CPU, where a scan's copies cost as much as they do
 
     def vector(
         self, timesteps: Float[Array, " b"], guidance: Float[Array, " b"] | None, pooled: Float[Array, "b p"]
@@ -135,7 +136,7 @@ class Transformer(nnx.Module):
                 return block(*x, img_mod, txt_mod, rope)
 
         start, modulations = (self.img_in(img), self.txt_in(txt)), (modulation.double_img, modulation.double_txt)
-        return scan_blocks(self._per_layer(double), start, self.double_blocks, *modulations)
+        return scan_blocks(self._per_layer(double), start, self.double_blocks, *modulations, unroll=self.unroll)
 
     def velocity(
         self,
@@ -151,7 +152,7 @@ class Transformer(nnx.Module):
                 return block(x, mod, rope)
 
         joined = jnp.concatenate([txt, img], axis=1)
-        x = scan_blocks(self._per_layer(single), joined, self.single_blocks, modulation.single)
+        x = scan_blocks(self._per_layer(single), joined, self.single_blocks, modulation.single, unroll=self.unroll)
         with jax.named_scope("final_layer"):
             return self.final_layer(x[:, txt.shape[1] :], modulation.final)
 

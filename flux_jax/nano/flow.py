@@ -34,6 +34,7 @@ from flux_jax.images import write_whole
 from flux_jax.models.attention import rotary
 from flux_jax.models.clip import CLIPText
 from flux_jax.models.linear import Linear
+from flux_jax.models.mixed import use_mixed_products
 from flux_jax.models.t5 import T5Encoder
 from flux_jax.models.transformer import Embedder, Transformer
 from flux_jax.nano.dataset import Dataset
@@ -76,6 +77,8 @@ class Networks(nnx.Module):
         linears = (blocks.double_blocks.img.mod, blocks.double_blocks.txt.mod, blocks.single_blocks.mod)
         for linear in (*linears, blocks.final_layer.mod, blocks.final_layer.linear):
             linear.weight[...] = jnp.zeros_like(linear.weight[...])
+        self.transformer.unroll = True
+        use_mixed_products(self)
 
     def __call__(
         self,
