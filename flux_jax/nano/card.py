@@ -1,6 +1,7 @@
-"""The card of a trained FLUX-nano, written from the run's own files: nothing in it is typed by hand.
+"""The cards of FLUX-nano and of its 1.58-bit student, written from their own files: nothing in them is typed by hand.
 
-In: a run folder (recipes, metrics, `vae.json`) and, if there is one, an evaluation's folder. Out: Markdown.
+In: a training's folder (recipes, metrics, `vae.json`) or a student's manifest, and, if there is one, an evaluation's
+folder. Out: Markdown.
 """
 
 import json
@@ -21,9 +22,27 @@ pictures, with a judge that knows the renderer. It knows {words} words, six shap
 - `training/` has the settings, losses and curves of each phase; `SHA256SUMS` the hash of every file here.
 """
 
+STUDENT = """\
+# FLUX-nano in 1.58 bits
+
+FLUX-nano (`nano-bf16` beside this folder) with every linear of its blocks ternary: -1, 0 or +1 with a scale per output
+channel. Made from it by `python -m flux_jax.distill`, from {training} captions and noise alone: no picture was read.
+
+- Weights: two bits each in the blocks, bf16 elsewhere, Apache-2.0. Text encoders, autoencoder and tokenizers are the
+  teacher's, byte for byte; so is what it understands.
+- Made for {activations} activations, with seed {seed}.
+- `training/` has the settings, losses and curves; `flux_jax.json` the hashes of teacher and prompts; `SHA256SUMS` the
+  hash of every file here.
+
+## Training
+
+| phase | steps | batch |
+|---|---|---|
+"""
+
 
 def card(run: Path, evaluation: Path | None = None) -> str:
-    """The whole card."""
+    """The teacher's whole card."""
     from flux_jax.nano.captions import VOCABULARY
 
     vae = read(run / "vae" / "vae.json")
@@ -40,6 +59,22 @@ def card(run: Path, evaluation: Path | None = None) -> str:
     if evaluation is not None:
         lines += ["", "## Score", "", *scores(read(evaluation / "summary.json"))]
     return "\n".join(lines) + "\n"
+
+
+def student_card(quantization: dict[str, Any], evaluation: Path | None = None) -> str:
+    """The student's whole card, from its manifest's entry `quantization`."""
+    options = quantization["options"]
+    text = STUDENT.format(
+        training=quantization["prompts"]["training"], activations=quantization["activations"], seed=options["seed"]
+    )
+    batches = {"blockwise": options["block_batch"], "end_to_end": options["batch"]}
+    lines = [f"| {phase} | {steps} | {batches[phase]} |" for phase, steps in quantization["phases"].items()]
+    lines += ["", "Squared error of the velocity on held-out captions, over the velocity's mean square: "]
+    lines[-1] += ", ".join(f"{value:.4f} after {name}" for name, value in quantization["held_out_relative"].items())
+    lines[-1] = lines[-1].replace("end_to_end", "end to end") + "."
+    if evaluation is not None:
+        lines += ["", "## Score", "", *scores(read(evaluation / "summary.json"))]
+    return text + "\n".join(lines) + "\n"
 
 
 def scores(summary: dict[str, Any]) -> list[str]:

@@ -1,7 +1,9 @@
-"""A finished training run becomes the checkpoint that ships: `python -m flux_jax.nano.train export --run RUN OUT`.
+"""A finished training run becomes the checkpoint that ships: `python -m flux_jax.nano.train export --run RUN OUT`; and
+a finished student of it too: `python -m flux_jax.nano.train student STUDENT OUT`.
 
 In: `RUN/vae`, `RUN/flow` and, where it was trained, `RUN/guidance` (the averaged weights of the last phase that there
-is). Out: a bf16 checkpoint with tokenizers, the phases' metrics and curves, a card, and SHA256SUMS of every file.
+is); or a checkpoint by `flux_jax.distill`. Out: a checkpoint (bf16; or the student's own weights) with tokenizers, the
+phases' metrics and curves, a card, and SHA256SUMS of every file.
 """
 
 import dataclasses
@@ -22,7 +24,7 @@ from flux_jax.errors import UserError
 from flux_jax.models.vae import VAE
 from flux_jax.nano import vocabulary
 from flux_jax.nano.captions import VOCABULARY
-from flux_jax.nano.card import card
+from flux_jax.nano.card import card, student_card
 from flux_jax.parts import abstract_part, assemble, leaves
 from flux_jax.tokenizers import Tokenizers
 
@@ -87,7 +89,25 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
             if (run / name / file).exists():
                 (out / "training" / name).mkdir(parents=True, exist_ok=True)
                 shutil.copy(run / name / file, out / "training" / name / file)
-    (out / "README.md").write_text(card(run, evaluation))
+    finish(out, card(run, evaluation), evaluation)
+
+
+def export_student(student: Path, out: Path, evaluation: Path | None = None, overwrite: bool = False) -> None:
+    """A copy of the student's checkpoint, with its card. UserError where `student` was not distilled, or `out` is in
+    the way."""
+    quantization = checkpoint.Checkpoint.open(student).manifest["quantization"]
+    if not (quantization and quantization["distilled"]):
+        raise UserError(f"{student} is no student of flux_jax.distill.")
+    if out.exists() and not (overwrite and checkpoint.is_checkpoint(out)):
+        raise UserError(f"{out} exists already: choose another name, or give --overwrite to replace a checkpoint.")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(student, out)
+    finish(out, student_card(quantization, evaluation), evaluation)
+
+
+def finish(out: Path, text: str, evaluation: Path | None) -> None:
+    """Puts card, score and sheet into the checkpoint, and its sums last."""
+    (out / "README.md").write_text(text)
     if evaluation is not None:
         shutil.copy(evaluation / "sheet.png", out / "sheet.png")
         shutil.copy(evaluation / "summary.json", out / "training" / "summary.json")

@@ -4,6 +4,7 @@
     python -m flux_jax.nano.train flow --run RUN         text -> velocity
     python -m flux_jax.nano.train guidance --run RUN     its own guidance becomes an input
     python -m flux_jax.nano.train export --run RUN OUT   the checkpoint that ships
+    python -m flux_jax.nano.train student STUDENT OUT    its 1.58-bit student, by flux_jax.distill, with a card
 
 In: the phases before, in the folder RUN. Out: `RUN/<phase>/`. A phase that was killed goes on by the same command.
 """
@@ -57,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--evaluation", type=Path, help="an --out of flux_jax.evaluate, for the scores on the card")
     export.add_argument("--overwrite", action="store_true")
     export.set_defaults(run_phase=run_export)
+    student = phases.add_parser("student", help="the 1.58-bit checkpoint that ships: a student with its card")
+    student.add_argument("student", type=Path, metavar="STUDENT", help="an OUT of flux_jax.distill")
+    student.add_argument("out", type=Path, metavar="OUT")
+    student.add_argument("--evaluation", type=Path, help="an --out of flux_jax.evaluate, for the scores on the card")
+    student.add_argument("--overwrite", action="store_true")
+    student.set_defaults(run_phase=run_export_student)
     return parser
 
 
@@ -97,6 +104,12 @@ def run_export(args: argparse.Namespace) -> None:
     from flux_jax.nano.export import export
 
     export(args.run, args.out, args.evaluation, args.overwrite)
+
+
+def run_export_student(args: argparse.Namespace) -> None:
+    from flux_jax.nano.export import export_student
+
+    export_student(args.student, args.out, args.evaluation, args.overwrite)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import numpy as np
 
 from flux_jax.checkpoint import Checkpoint, resolve
 from flux_jax.nano.captions import Spec, phrase
+from flux_jax.nano.train import main
 from flux_jax.nano.world import COLORS, SHAPES
 from flux_jax.pipeline import FluxPipeline
 
-FOLDER = resolve("nano")
+FOLDER = resolve("nano-bf16")
 MAX_BYTES = 30e6
 
 
@@ -24,7 +25,7 @@ def test_every_file_is_the_one_that_was_exported():
 
 def test_it_is_small_and_says_what_it_is():
     assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) < MAX_BYTES
-    manifest = Checkpoint.open("nano").manifest
+    manifest = Checkpoint.open("nano-bf16").manifest
     assert manifest["licence"] == "Apache-2.0"
     assert manifest["source"]["sha256"].keys() == {"transformer", "t5", "clip", "vae"}
     card = (FOLDER / "README.md").read_text()
@@ -35,9 +36,15 @@ def test_it_is_small_and_says_what_it_is():
         assert (FOLDER / "training" / phase / "curve.png").is_file()
 
 
+def test_only_a_student_ships_as_one(tmp_path, capsys):
+    assert main(["student", str(FOLDER), str(tmp_path / "out")]) == 2
+    assert "no student of flux_jax.distill" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_it_draws_the_colour_asked_for():
     """Not a score, which `flux_jax.evaluate` gives: that weights, tokenizers, schedule and decoder fit together."""
-    pipe = FluxPipeline.from_pretrained("nano")
+    pipe = FluxPipeline.from_pretrained("nano-bf16")
     captions = [phrase((Spec(shape, color),)) for shape in SHAPES for color in ("red", "blue")]
     pictures = [np.asarray(pipe(caption.text, seed=1).images[0]) for caption in captions]
     drawn = [main_color(picture) for picture in pictures]

@@ -50,16 +50,14 @@ def test_a_folder_written_for_diffusers(tmp_path, guidance):
         assert pipe.scheduler.config[key] == back.scheduler.config[key]
 
 
-@pytest.mark.parametrize("model", ["tiny", "nano"])
+@pytest.mark.parametrize("model", ["tiny", "nano-bf16"])
 def test_diffusers_draws_our_picture(tmp_path, model):
-    if model == "nano" and not resolve("nano").is_dir():
-        pytest.skip("FLUX-nano is not in the package yet")
     if model == "tiny":
         config = tiny_model.config()
         config = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, timestep_dim=256))
         source = tiny_model.save(tmp_path / "tiny", config)
     else:
-        source = resolve("nano")
+        source = resolve(model)
     assert main(["--to", "diffusers", str(source), str(tmp_path / "folder"), "-q"]) == 0
     ours, theirs = FluxPipeline.from_pretrained(source, dtype="float32"), reference.load_pipeline(tmp_path / "folder")
     defaults, prompt, steps = ours.config.sampling, "a red circle to the left of a blue square", 4
