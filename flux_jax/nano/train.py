@@ -20,8 +20,8 @@ from flux_jax.errors import UserError
 from flux_jax.nano.flow import Recipe, Trainer, initial_params
 
 RECIPES = {
-    "flow": Recipe(steps=5000),
-    "guidance": Recipe(steps=350, warmup=50, learning_rate=1e-3),
+    "flow": Recipe(steps=10_000),
+    "guidance": Recipe(steps=500, warmup=50, learning_rate=1e-3),
 }
 
 
