@@ -38,7 +38,11 @@ from flux_jax.storage import begin, disk_is_full, flatten, lined_json, nest, pub
 from flux_jax.trees import Tree
 
 READ_BYTES = 2**28  # weights held at a time by `stream`
-ALIASES = {"nano": "nano-bf16", "nano-bf16": "nano-bf16"}  # name -> folder in the package's data
+ALIASES = {  # name -> folder in the package's data
+    "nano": "nano-1.58bit",
+    "nano-1.58bit": "nano-1.58bit",
+    "nano-bf16": "nano-bf16",
+}
 PACKAGES = ("flux-jax-ternary", "jax", "flax", "orbax-checkpoint", "numpy")
 
 

@@ -115,4 +115,4 @@ def test_variants_of_a_model(tmp_path):
         with pytest.raises(UserError, match="after @ may stand"):
             Variant.parse(words)
     with pytest.raises(UserError, match="no ternary weights"):
-        Variant.parse("nano@kernel=xla").config()
+        Variant.parse("nano-bf16@kernel=xla").config()

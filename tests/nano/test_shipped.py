@@ -1,50 +1,73 @@
-"""The FLUX-nano that ships: whole, small, documented, and drawing what it is asked for."""
+"""The FLUX-nanos that ship, in bf16 and in 1.58 bits: whole, small, documented, and drawing what they are asked for."""
 
 import hashlib
 
 import numpy as np
+import pytest
 
 from flux_jax.checkpoint import Checkpoint, resolve
+from flux_jax.distill.workspace import teacher_digest
 from flux_jax.nano.captions import Spec, phrase
 from flux_jax.nano.train import main
 from flux_jax.nano.world import COLORS, SHAPES
 from flux_jax.pipeline import FluxPipeline
 
-FOLDER = resolve("nano-bf16")
-MAX_BYTES = 30e6
+MODELS = ("nano-bf16", "nano-1.58bit")
+MAX_BYTES = 30e6  # of all models together
 
 
-def test_every_file_is_the_one_that_was_exported():
-    lines = (FOLDER / "SHA256SUMS").read_text().splitlines()
+@pytest.mark.parametrize("model", MODELS)
+def test_every_file_is_the_one_that_was_exported(model):
+    folder = resolve(model)
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
     listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    present = {p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*") if p.is_file()} - {"SHA256SUMS"}
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"SHA256SUMS"}
     assert present == set(listed)
     for name, digest in listed.items():
-        assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == digest, name
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
 
 
-def test_it_is_small_and_says_what_it_is():
-    assert sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) < MAX_BYTES
+def test_they_are_small():
+    assert sum(p.stat().st_size for p in resolve("nano").parent.rglob("*") if p.is_file()) < MAX_BYTES
+
+
+def test_the_teacher_says_what_it_is():
     manifest = Checkpoint.open("nano-bf16").manifest
     assert manifest["licence"] == "Apache-2.0"
     assert manifest["source"]["sha256"].keys() == {"transformer", "t5", "clip", "vae"}
-    card = (FOLDER / "README.md").read_text()
+    folder = resolve("nano-bf16")
+    card = (folder / "README.md").read_text()
     for word in ("Apache-2.0", "Data", "seed", "Score", "SHA256SUMS"):
         assert word in card
     for phase in ("vae", "flow"):
-        assert (FOLDER / "training" / phase / "metrics.jsonl").is_file()
-        assert (FOLDER / "training" / phase / "curve.png").is_file()
+        assert (folder / "training" / phase / "metrics.jsonl").is_file()
+        assert (folder / "training" / phase / "curve.png").is_file()
+
+
+def test_the_student_is_the_default_and_says_how_it_was_made():
+    stored = Checkpoint.open("nano")
+    made = stored.manifest["quantization"]
+    teacher = Checkpoint.open("nano-bf16")
+    assert made["distilled"] and made["phases"].keys() == {"blockwise", "end_to_end"}
+    assert made["teacher"] == teacher_digest(teacher)  # not of an earlier one
+    assert made["held_out_relative"]["end_to_end"] < 0.2 * made["held_out_relative"]["rounding"]
+    assert stored.config == teacher.config
+    card = (resolve("nano") / "README.md").read_text()
+    for word in ("1.58 bits", "Apache-2.0", "seed", "Score", "SHA256SUMS"):
+        assert word in card
+    assert (resolve("nano") / "training" / "curve.png").is_file()
 
 
 def test_only_a_student_ships_as_one(tmp_path, capsys):
-    assert main(["student", str(FOLDER), str(tmp_path / "out")]) == 2
+    assert main(["student", "nano-bf16", str(tmp_path / "out")]) == 2
     assert "no student of flux_jax.distill" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_it_draws_the_colour_asked_for():
+@pytest.mark.parametrize("model", MODELS)
+def test_it_draws_the_colour_asked_for(model):
     """Not a score, which `flux_jax.evaluate` gives: that weights, tokenizers, schedule and decoder fit together."""
-    pipe = FluxPipeline.from_pretrained("nano-bf16")
+    pipe = FluxPipeline.from_pretrained(model)
     captions = [phrase((Spec(shape, color),)) for shape in SHAPES for color in ("red", "blue")]
     pictures = [np.asarray(pipe(caption.text, seed=1).images[0]) for caption in captions]
     drawn = [main_color(picture) for picture in pictures]

@@ -254,11 +254,11 @@ def test_truncated_and_lost_data(saved):
 
 
 def test_names_of_checkpoints(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no checkpoint 'flux-9'.*nano, nano-bf16") as caught:
+    with pytest.raises(UserError, match=r"no checkpoint 'flux-9'.*nano, nano-1.58bit, nano-bf16") as caught:
         Checkpoint.open("flux-9")
     assert caught.value.exit_code == 3
-    assert resolve("nano") == resolve("nano-bf16")
-    assert resolve("nano").parts[-4:] == ("flux_jax", "nano", "data", "nano-bf16")
+    assert resolve("nano") == resolve("nano-1.58bit")
+    assert resolve("nano-bf16").parts[-4:] == ("flux_jax", "nano", "data", "nano-bf16")
     with pytest.raises(UserError, match=f"no {MANIFEST}"):
         Checkpoint.open(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
