@@ -25,7 +25,7 @@ from flux_jax.models.transformer import Transformer
 from flux_jax.parts import abstract_part, assemble
 
 Read = Callable[[list[str]], Mapping[str, np.ndarray]]
-UNROLLED = 8  # so many blocks compile in seconds without a scan, and then train a quarter faster on a CPU
+UNROLLED = 8  # so many blocks compile in seconds without a scan, and a step then takes a quarter less time on a CPU
 
 
 def rounded(work: Workspace) -> Read:

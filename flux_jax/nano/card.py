@@ -69,9 +69,9 @@ def student_card(quantization: dict[str, Any], evaluation: Path | None = None) -
     )
     batches = {"blockwise": options["block_batch"], "end_to_end": options["batch"]}
     lines = [f"| {phase} | {steps} | {batches[phase]} |" for phase, steps in quantization["phases"].items()]
-    lines += ["", "Squared error of the velocity on held-out captions, over the velocity's mean square: "]
-    lines[-1] += ", ".join(f"{value:.4f} after {name}" for name, value in quantization["held_out_relative"].items())
-    lines[-1] = lines[-1].replace("end_to_end", "end to end") + "."
+    after = {name.replace("_", " "): error for name, error in quantization["held_out_relative"].items()}
+    errors = ", ".join(f"{error:.4f} after {name}" for name, error in after.items())
+    lines += ["", f"Squared error of the velocity on held-out captions, over the velocity's mean square: {errors}."]
     if evaluation is not None:
         lines += ["", "## Score", "", *scores(read(evaluation / "summary.json"))]
     return text + "\n".join(lines) + "\n"

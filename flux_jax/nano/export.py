@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flux_jax import checkpoint, verify
+from flux_jax import checkpoint, storage, verify
 from flux_jax.config import FluxConfig, nano
 from flux_jax.errors import UserError
 from flux_jax.models.vae import VAE
@@ -93,16 +93,21 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
 
 
 def export_student(student: Path, out: Path, evaluation: Path | None = None, overwrite: bool = False) -> None:
-    """A copy of the student's checkpoint, with its card. UserError where `student` was not distilled, or `out` is in
-    the way."""
+    """A copy of the student's checkpoint with its card, whole or not at all; `out` may be the student itself. UserError
+    where `student` was not distilled, or `out` is in the way."""
     quantization = checkpoint.Checkpoint.open(student).manifest["quantization"]
     if not (quantization and quantization["distilled"]):
         raise UserError(f"{student} is no student of flux_jax.distill.")
     if out.exists() and not (overwrite and checkpoint.is_checkpoint(out)):
         raise UserError(f"{out} exists already: choose another name, or give --overwrite to replace a checkpoint.")
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(student, out)
-    finish(out, student_card(quantization, evaluation), evaluation)
+    working = storage.working_name(out)
+    storage.begin(working)
+    try:
+        shutil.copytree(student, working, dirs_exist_ok=True)
+        finish(working, student_card(quantization, evaluation), evaluation)
+        storage.publish(working, out)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
 
 
 def finish(out: Path, text: str, evaluation: Path | None) -> None:

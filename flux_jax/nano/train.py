@@ -54,16 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
         sub.set_defaults(run_phase=train_networks, phase=phase)
     export = phases.add_parser("export", parents=[common], help="the checkpoint that ships")
-    export.add_argument("out", type=Path, metavar="OUT")
-    export.add_argument("--evaluation", type=Path, help="an --out of flux_jax.evaluate, for the scores on the card")
-    export.add_argument("--overwrite", action="store_true")
     export.set_defaults(run_phase=run_export)
     student = phases.add_parser("student", help="the 1.58-bit checkpoint that ships: a student with its card")
     student.add_argument("student", type=Path, metavar="STUDENT", help="an OUT of flux_jax.distill")
-    student.add_argument("out", type=Path, metavar="OUT")
-    student.add_argument("--evaluation", type=Path, help="an --out of flux_jax.evaluate, for the scores on the card")
-    student.add_argument("--overwrite", action="store_true")
     student.set_defaults(run_phase=run_export_student)
+    for sub in (export, student):
+        sub.add_argument("out", type=Path, metavar="OUT")
+        sub.add_argument("--evaluation", type=Path, help="an --out of flux_jax.evaluate, for the scores on the card")
+        sub.add_argument("--overwrite", action="store_true")
     return parser
 
 

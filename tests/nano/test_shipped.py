@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from flux_jax import verify
 from flux_jax.checkpoint import Checkpoint, resolve
 from flux_jax.distill.workspace import teacher_digest
 from flux_jax.nano.captions import Spec, phrase
@@ -56,6 +57,15 @@ def test_the_student_is_the_default_and_says_how_it_was_made():
     for word in ("1.58 bits", "Apache-2.0", "seed", "Score", "SHA256SUMS"):
         assert word in card
     assert (resolve("nano") / "training" / "curve.png").is_file()
+
+
+def test_a_student_is_exported_whole_also_in_its_own_place(tmp_path):
+    out = tmp_path / "out"
+    assert main(["student", str(resolve("nano")), str(out)]) == 0
+    assert main(["student", str(out), str(out)]) == 2  # in the way
+    assert main(["student", str(out), str(out), "--overwrite"]) == 0
+    assert verify.check(out) > 10
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_only_a_student_ships_as_one(tmp_path, capsys):
