@@ -14,11 +14,11 @@ Held out. A combination below never stands in a training caption, so every capti
   pair    a colour on a shape: 8 of 48 (each colour lacks one shape)                      -> tag colors
   shapes  two shapes with neither colours nor a place, whatever the order: 3 of 15        -> tag two_object
   number  a count of a coloured shape: for half of the pairs, one of 2, 3, 4              -> tag counting, with colours
-  place   a shape to the left of or above another: for half of the couples, 1 of 4 places -> tag position
+  place   one coloured shape to the left of or above another: one in five, by a hash      -> tag position, with colours
   binding two colours on two shapes: one in five, by a hash                               -> tag color_attr
-Were a number missing for every pair, a place for every couple, or for each shape a second one in any picture, training
-would teach just that, as a rule of this world: which never happens. So half of the pairs and couples have every number
-and place, and the three couples of shapes do come together, with colours or a place in the caption.
+Were a number missing for every pair, or for each shape a second one in any picture, training would teach just that, as
+a rule of this world: which never happens. So half of the pairs have every number, and the three couples of shapes do
+come together, with colours or a place in the caption; a place is missing only between two shapes of certain colours.
 `scene_for` keeps pairs, numbers and bindings out of training pictures too; shapes and places only out of the captions.
 Nothing can be kept out for single_object: it names only a shape.
 A held-out caption has its own tag's held-out combination and none of a simpler kind, so that a tag measures one thing.
@@ -50,11 +50,15 @@ EVALUATION = {  # GenEval's numbers of captions, 553 in all
 }
 WEIGHTS = dict(zip(TAGS, (0.07, 0.16, 0.21, 0.10, 0.26, 0.20), strict=True))  # of the tags in training
 
+MEANINGS = (len(SHAPES) + 1, len(COLORS) + 1, max(COUNTS.values()) + 1, len(RELATIONS) + 1)  # answers of `meaning`
+
 _DETERMINERS = ("a", "one", "a single")
 _NAMES = tuple(COLORS)
 _PLURALS = {shape + ("es" if shape.endswith("s") else "s"): shape for shape in SHAPES}
 _PLURAL_OF = {shape: plural for plural, shape in _PLURALS.items()}
 _UNSEEN_SHAPES = ({"circle", "star"}, {"square", "cross"}, {"triangle", "diamond"})
+
+NOUNS = (*SHAPES, *_PLURALS)
 
 VOCABULARY: tuple[str, ...] = tuple(
     sorted(
@@ -81,6 +85,19 @@ class Caption:
     tag: str
     objects: tuple[Spec, ...]
     relation: str | None = None
+
+
+def meaning(caption: Caption) -> np.ndarray:
+    """What the caption says of the first and the second object it names, int8 [2, 4]; MEANINGS has the number of
+    answers. Shape: 0 for no such object, 1 and on SHAPES; colour: 0 not named, 1 and on COLORS; number: 0 to 4; place
+    beside the other: 0 not named, 1 and on RELATIONS."""
+    answers = np.zeros((2, len(MEANINGS)), np.int8)
+    relations = (caption.relation, OPPOSITE.get(caption.relation or ""))
+    for row, spec, relation in zip(answers, caption.objects, relations, strict=False):
+        color = 1 + _NAMES.index(spec.color) if spec.color else 0
+        where = 1 + tuple(RELATIONS).index(relation) if relation else 0
+        row[:] = 1 + SHAPES.index(spec.shape), color, spec.count, where
+    return answers
 
 
 def tag_of(objects: tuple[Spec, ...], relation: str | None) -> str:
@@ -163,18 +180,15 @@ def unseen_number(shape: str, color: str, count: int) -> bool:
 
 
 @cache
-def unseen_place(first: str, relation: str, second: str) -> bool:
-    """Whether no training caption says this. "a right of b" and "b left of a" are the same."""
+def unseen_place(first: tuple[str, str], relation: str, second: tuple[str, str]) -> bool:
+    """Whether no training caption says this of two (shape, colour). "a right of b" and "b left of a" are the same."""
     if relation in ("right of", "below"):
         first, relation, second = second, OPPOSITE[relation], first
-    low, high = sorted((first, second))
-    places = [(a, r, b) for r in ("left of", "above") for a, b in ((low, high), (high, low))]
-    half, which = divmod(_hash("place", low, high), 4)
-    return half % 2 == 0 and places[which] == (first, relation, second)
+    return _hash("placing", *first, relation, *second) % 5 == 0
 
 
 @cache
-def unseen_binding(first: tuple[str, str | None], second: tuple[str, str | None]) -> bool:
+def unseen_binding(first: tuple[str, str], second: tuple[str, str]) -> bool:
     """Whether these two (shape, colour) never come together in training, whatever their order."""
     return _hash("binding", *sorted((first, second))) % 5 == 0
 
@@ -190,10 +204,12 @@ def unseen(objects: tuple[Spec, ...], relation: str | None = None) -> frozenset[
         one, two = objects
         if {one.shape, two.shape} in _UNSEEN_SHAPES and one.color is None and relation is None:
             kinds.add("shapes")
-        if relation and unseen_place(one.shape, relation, two.shape):
-            kinds.add("place")
-        if one.color and two.color and unseen_binding((one.shape, one.color), (two.shape, two.color)):
-            kinds.add("binding")
+        if one.color and two.color:
+            first, second = (one.shape, one.color), (two.shape, two.color)
+            if relation and unseen_place(first, relation, second):
+                kinds.add("place")
+            if unseen_binding(first, second):
+                kinds.add("binding")
     return frozenset(kinds)
 
 
@@ -221,7 +237,7 @@ def sample_caption(rng: np.random.Generator, tag: str, split: str = "train") -> 
     single_object, where nothing can be, any)."""
     wanted = held_out if split == "held_out" and tag != "single_object" else in_training
     colored = tag in ("colors", "color_attr") or (
-        tag in ("counting", "position") and (rng.random() < 0.5 or (tag == "counting" and split == "held_out"))
+        tag in ("counting", "position") and (rng.random() < 0.5 or split == "held_out")
     )
     number = 2 if tag in ("two_object", "position", "color_attr") else 1
     prefix = PREFIXES[rng.choice(len(PREFIXES), p=(0.35, 0.25, 0.1, 0.1, 0.1, 0.1))]
@@ -298,18 +314,12 @@ def _wordings(tag: str, objects: tuple[Spec, ...], relation: str | None) -> list
 @cache
 def evaluation_captions() -> tuple[Caption, ...]:
     """The 553 captions of the evaluation, all different, in GenEval's proportions, tag by tag. All but single_object's
-    are held out. Few combinations are unseen where there are few in all (8 pairs, 3 couples of shapes, 18 numbers,
-    8 places), so they come in several wordings each; half of the positions name colours."""
+    are held out. Few combinations are unseen where there are few in all (8 pairs, 3 couples of shapes, 18 numbers), so
+    they come in several wordings each."""
     chosen: list[Caption] = []
     for tag, number in EVALUATION.items():
         meanings = [m for m in _meanings(tag) if tag == "single_object" or unseen(*m) == {_OWN_KIND[tag]}]
         meanings.sort(key=lambda m: _hash("meaning", phrase(*m).text))
-        if tag == "position":
-            groups = [[m for m in meanings if bool(m[0][0].color) == colored] for colored in (False, True)]
-            shares = [number // 2, number - number // 2]
-        else:
-            groups, shares = [meanings], [number]
-        for group, share in zip(groups, shares, strict=True):
-            rounds = zip(*(_wordings(tag, *meaning) for meaning in group), strict=True)
-            chosen += [caption for captions in rounds for caption in captions][:share]
+        rounds = zip(*(_wordings(tag, *meaning) for meaning in meanings), strict=True)
+        chosen += [caption for captions in rounds for caption in captions][:number]
     return tuple(chosen)

@@ -50,11 +50,15 @@ def card(run: Path, evaluation: Path | None = None) -> str:
     lines += ["|---|---|---|---|---|"]
     psnr = f"{vae['psnr']:.1f} dB on held-out pictures, worst {vae['psnr_worst']:.1f} dB"
     lines += [f"| vae | {vae['steps']} | 4 crops, then 2 pictures | {vae['seed']} | {psnr} |"]
-    for phase in ("flow", "guidance"):
+    for phase in ("text", "flow", "guidance"):
         if (run / phase / "recipe.json").exists():
             recipe = read(run / phase / "recipe.json")
             last = json.loads((run / phase / "metrics.jsonl").read_text().splitlines()[-1])
-            columns = [phase, recipe["steps"], recipe["batch"], recipe["seed"], f"loss {last['loss']:.4f}"]
+            result = f"loss {last['loss']:.4f}"
+            if phase == "text":
+                shares = read(run / phase / "understood.json")
+                result += f"; held-out captions understood: T5 {shares['t5']:.1%}, CLIP {shares['clip']:.1%}"
+            columns = [phase, recipe["steps"], recipe["batch"], recipe["seed"], result]
             lines += [f"| {' | '.join(map(str, columns))} |"]
     if evaluation is not None:
         lines += ["", "## Score", "", *scores(read(evaluation / "summary.json"))]

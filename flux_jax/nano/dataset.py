@@ -23,10 +23,12 @@ from flux_jax.tokenizers import Tokenizers
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """tokens float16 [n, i, c] (packed latents), layout uint8 [n, i, s] (what covers each token's square of the
-    picture, `world.layout`), t5 int32 [n, t], clip int32 [n, p]; `empty_*`: ids of no prompt."""
+    picture, `world.layout`), meaning int8 [n, 2, 4] (`captions.meaning`), t5 int32 [n, t], clip int32 [n, p];
+    `empty_*`: ids of no prompt."""
 
     tokens: np.ndarray
     layout: np.ndarray
+    meaning: np.ndarray
     t5: np.ndarray
     clip: np.ndarray
     empty_t5: np.ndarray
@@ -35,7 +37,7 @@ class Dataset:
     def batch(self, seed: int, step: int, size: int) -> dict[str, np.ndarray]:
         """`size` examples drawn with replacement; the same for the same (seed, step)."""
         rows = np.random.default_rng((seed, step)).integers(0, len(self.tokens), size)
-        batch = {"layout": self.layout[rows], "t5": self.t5[rows], "clip": self.clip[rows]}
+        batch = {name: getattr(self, name)[rows] for name in ("layout", "meaning", "t5", "clip")}
         return {"tokens": self.tokens[rows].astype(np.float32), **batch}
 
 
@@ -64,10 +66,11 @@ def example(seed: int, index: int) -> tuple[str, world.Scene]:
 
 def _build(vae: VAE, tokenizers: Tokenizers, config: FluxConfig, seed: int, count: int) -> dict[str, np.ndarray]:
     encode = jax.jit(lambda vae, images: pack_latents(vae.encode(images.astype(jnp.float32) / 127.5 - 1.0)))
-    texts, tokens, layouts, chunk, pending, size = [], [], [], 64, None, config.sampling.height
+    texts, tokens, layouts, meanings, chunk, pending, size = [], [], [], [], 64, None, config.sampling.height
     for start in tqdm(range(0, count, chunk), desc="encode", mininterval=10):
         examples = [example(seed, i) for i in range(start, start + chunk)]
         texts += [text for text, _ in examples]
+        meanings += [captions.meaning(caption) for text, _ in examples if (caption := captions.parse(text))]
         layouts += [world.layout(scene, config.default_grid[0], size) for _, scene in examples]
         images = np.stack([world.render(scene, size) for _, scene in examples])
         if pending is not None:  # encoded while these scenes were drawn
@@ -77,6 +80,7 @@ def _build(vae: VAE, tokenizers: Tokenizers, config: FluxConfig, seed: int, coun
     return {
         "tokens": np.concatenate(tokens)[:count],
         "layout": np.stack(layouts)[:count],
+        "meaning": np.stack(meanings)[:count],
         "t5": tokenizers.t5(texts)[:count],
         "clip": tokenizers.clip(texts)[:count],
         "empty_t5": tokenizers.t5([""]),

@@ -1,9 +1,9 @@
 """A finished training run becomes the checkpoint that ships: `python -m flux_jax.nano.train export --run RUN OUT`; and
 a finished student of it too: `python -m flux_jax.nano.train student STUDENT OUT`.
 
-In: `RUN/vae`, `RUN/flow` and, where it was trained, `RUN/guidance` (the averaged weights of the last phase that there
-is); or a checkpoint by `flux_jax.distill`. Out: a checkpoint (bf16; or the student's own weights) with tokenizers, the
-phases' metrics and curves, a card, and SHA256SUMS of every file.
+In: `RUN/vae`, `RUN/text`, `RUN/flow` and, where it was trained, `RUN/guidance` (the averaged weights of the last phase
+that there is); or a checkpoint by `flux_jax.distill`. Out: a checkpoint (bf16; or the student's own weights) with
+tokenizers, the phases' metrics and curves, a card, and SHA256SUMS of every file.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,23 @@ def load_vae(folder: Path) -> tuple[FluxConfig, VAE]:
     return config, module
 
 
+def trained(run: Path, phase: str, config: FluxConfig) -> Any:
+    """A finished phase's averaged networks: `text.Readers` or `flow.Networks`. UserError before the phase has saved."""
+    from flux_jax.nano import flow, text
+    from flux_jax.nano.training import Recipe, Trainer
+
+    if phase == "text":
+        networks = text.Readers(config, text.noun_ids(tokenizers(run, config)), nnx.Rngs(0))
+    else:
+        networks = flow.Networks(config, nnx.Rngs(0))
+    trainer = Trainer(run / phase, Recipe(), networks)
+    if trainer.step == 0:
+        raise UserError(
+            f"{run / phase} holds no training: run python -m flux_jax.nano.train {phase} --run {run} first."
+        )
+    return trainer.averaged()
+
+
 def tokenizers(run: Path, config: FluxConfig) -> Tokenizers:
     """Nano's tokenizers, built in `RUN/tokenizers` from the grammar's words."""
     folder = run / "tokenizers"
@@ -66,14 +84,11 @@ def digests(parts: Mapping[str, nnx.Module]) -> dict[str, str]:
 
 def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool = False) -> None:
     """Write the checkpoint; see the module's docstring. evaluation: a folder of `flux_jax.evaluate`, for the card."""
-    from flux_jax.nano.flow import Recipe, Trainer, initial_params
-
     config, vae = load_vae(run / "vae")
     tokenizers(run, config)
     phase = "guidance" if (run / "guidance").exists() else "flow"
-    trainer = Trainer(run / phase, config, Recipe(), initial_params(config, 0))
-    networks = nnx.merge(trainer.graph, trainer.state["ema"])
-    parts = {"transformer": networks.transformer, "t5": networks.t5, "clip": networks.clip, "vae": vae}
+    networks, encoders = trained(run, phase, config), trained(run, "text", config).encoders
+    parts = {"transformer": networks.transformer, "t5": encoders.t5, "clip": encoders.clip, "vae": vae}
     parts = {name: jax.tree.map(lambda x: x.astype(jnp.bfloat16), module) for name, module in parts.items()}
     checkpoint.save(
         out,
@@ -81,11 +96,11 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
         parts,
         tokenizers=run / "tokenizers",
         overwrite=overwrite,
-        source={"from": f"flux_jax.nano.train, phase {phase}, step {trainer.step}", "sha256": digests(parts)},
+        source={"from": f"flux_jax.nano.train, phase {phase}", "sha256": digests(parts)},
         licence=LICENCE,
     )
-    for name in ("vae", "flow", "guidance"):
-        for file in ("metrics.jsonl", "curve.png", "vae.json", "recipe.json"):
+    for name in ("vae", "text", "flow", "guidance"):
+        for file in ("metrics.jsonl", "curve.png", "vae.json", "understood.json", "recipe.json"):
             if (run / name / file).exists():
                 (out / "training" / name).mkdir(parents=True, exist_ok=True)
                 shutil.copy(run / name / file, out / "training" / name / file)

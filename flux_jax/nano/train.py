@@ -1,7 +1,8 @@
 """Trains FLUX-nano from nothing but a seed.
 
     python -m flux_jax.nano.train vae --run RUN          the autoencoder
-    python -m flux_jax.nano.train flow --run RUN         text -> velocity
+    python -m flux_jax.nano.train text --run RUN         the text encoders, from captions
+    python -m flux_jax.nano.train flow --run RUN         the transformer: encoded text -> velocity
     python -m flux_jax.nano.train guidance --run RUN     its own guidance becomes an input
     python -m flux_jax.nano.train export --run RUN OUT   the checkpoint that ships
     python -m flux_jax.nano.train student STUDENT OUT    its 1.58-bit student, by flux_jax.distill, with a card
@@ -16,12 +17,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flax import nnx
+
 from flux_jax.errors import UserError
-from flux_jax.nano.flow import Recipe, Trainer, initial_params
+from flux_jax.nano.training import Recipe, Trainer
 
 RECIPES = {
-    "flow": Recipe(steps=10_000),
-    "guidance": Recipe(steps=500, warmup=50, learning_rate=1e-3),
+    "text": Recipe(steps=600, batch=128),
+    "flow": Recipe(steps=6000),
+    "guidance": Recipe(steps=1200, warmup=50, learning_rate=1e-3),
 }
 
 
@@ -48,8 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
     vae.add_argument("--steps", type=int, default=2500)
     vae.add_argument("--seed", type=int, default=0)
     vae.set_defaults(run_phase=train_vae)
+    helps = {
+        "text": "the text encoders, from captions",
+        "flow": "the transformer: encoded text -> velocity",
+        "guidance": "its own guidance becomes an input",
+    }
     for phase, recipe in RECIPES.items():
-        sub = phases.add_parser(phase, parents=[common], help="text encoders and transformer")
+        sub = phases.add_parser(phase, parents=[common], help=helps[phase])
         for name, default in dataclasses.asdict(recipe).items():
             sub.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
         sub.set_defaults(run_phase=train_networks, phase=phase)
@@ -80,22 +89,25 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def train_networks(args: argparse.Namespace) -> None:
+    from flux_jax.nano import flow, text
     from flux_jax.nano.dataset import load_or_build
-    from flux_jax.nano.export import load_vae, tokenizers
+    from flux_jax.nano.export import load_vae, tokenizers, trained
 
     use_all_cores()
     recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
     config, vae = load_vae(args.run / "vae")
-    dataset = load_or_build(
-        args.run / "latents.npz", vae, tokenizers(args.run, config), config, seed=recipe.seed, count=recipe.examples
-    )
-    initial, teacher = initial_params(config, recipe.seed), None
-    if args.phase == "guidance":
-        flow = Trainer(args.run / "flow", config, recipe, initial)
-        if flow.step == 0:
-            raise UserError(f"{args.run / 'flow'} holds no training: run phase flow first.")
-        initial = teacher = flow.state["ema"]
-    Trainer(args.run / args.phase, config, recipe, initial, teacher).run(dataset)
+    words = tokenizers(args.run, config)
+    dataset = load_or_build(args.run / "latents.npz", vae, words, config, seed=recipe.seed, count=recipe.examples)
+    if args.phase == "text":
+        text.train(args.run / "text", config, recipe, dataset, words)
+        return
+    constants = flow.constants(config, trained(args.run, "text", config).encoders, dataset)
+    if args.phase == "flow":
+        networks, loss = flow.Networks(config, nnx.Rngs(recipe.seed)), flow.FlowLoss(config, recipe)
+    else:
+        networks, loss = trained(args.run, "flow", config), flow.GuidanceLoss(config, recipe)
+        constants["teacher"] = networks
+    Trainer(args.run / args.phase, recipe, networks).run(dataset, loss, constants)
 
 
 def run_export(args: argparse.Namespace) -> None:

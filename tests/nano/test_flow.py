@@ -12,6 +12,8 @@ from flax import nnx
 from flux_jax.config import CLIPConfig, T5Config, nano
 from flux_jax.nano import flow
 from flux_jax.nano.dataset import Dataset, example
+from flux_jax.nano.text import TextEncoders
+from flux_jax.nano.training import Recipe, Trainer
 from flux_jax.nano.world import COLORS, SHAPES
 
 SMALL = dataclasses.replace(
@@ -24,7 +26,7 @@ SMALL = dataclasses.replace(
     clip=CLIPConfig(vocab_size=16, hidden_size=8, mlp_dim=16, num_heads=1, num_layers=1, max_positions=16),
     sampling=dataclasses.replace(nano().sampling, height=32, width=32),
 )  # fmt: skip
-RECIPE = flow.Recipe(steps=4, batch=4, warmup=1, seed=3)
+RECIPE = Recipe(steps=4, batch=4, warmup=1, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +35,27 @@ def dataset():
     ids = rng.integers(0, 16, (2, 20, 16)).astype(np.int32)
     empty = np.zeros((1, 16), np.int32)
     layout = rng.integers(0, 255 // 8, (20, 4, len(SHAPES) + len(COLORS))).astype(np.uint8)
-    return Dataset(rng.standard_normal((20, 4, 8)).astype(np.float16), layout, *ids, empty, empty)
+    meaning = np.zeros((20, 2, 4), np.int8)
+    return Dataset(rng.standard_normal((20, 4, 8)).astype(np.float16), layout, meaning, *ids, empty, empty)
 
 
 @pytest.fixture(scope="module")
-def initial():
-    return jax.jit(lambda: flow.initial_params(SMALL, 0))()
+def networks():
+    return nnx.jit(lambda: flow.Networks(SMALL, nnx.Rngs(0)))()
 
 
-def train(folder, dataset, initial, recipe=RECIPE, **options):
-    return flow.Trainer(folder, SMALL, recipe, initial, **options).run(dataset, save_every=2, log_every=2)
+@pytest.fixture(scope="module")
+def constants(dataset):
+    return flow.constants(SMALL, nnx.jit(lambda: TextEncoders(SMALL, nnx.Rngs(1)))(), dataset)
 
 
-def test_a_resumed_run_is_the_same_run(tmp_path, dataset, initial):
-    whole = train(tmp_path / "whole", dataset, initial)
+def train(folder, dataset, networks, constants, loss=None):
+    loss = loss or flow.FlowLoss(SMALL, RECIPE)
+    return Trainer(folder, RECIPE, networks).run(dataset, loss, constants, save_every=2, log_every=2)
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path, dataset, networks, constants):
+    whole = train(tmp_path / "whole", dataset, networks, constants)
 
     class Killed(BaseException):
         pass
@@ -58,25 +67,21 @@ def test_a_resumed_run_is_the_same_run(tmp_path, dataset, initial):
             return super().batch(seed, step, size)
 
     with pytest.raises(Killed):
-        train(tmp_path / "killed", Interrupted(**vars(dataset)), initial)
-    resumed = train(tmp_path / "killed", dataset, initial)
-    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+        train(tmp_path / "killed", Interrupted(**vars(dataset)), networks, constants)
+    resumed = train(tmp_path / "killed", dataset, networks, constants)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(resumed))
     for name in ("whole", "killed"):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [2, 4]
     assert (tmp_path / "whole" / "recipe.json").exists()
 
 
-def test_loss_is_the_squared_error_of_the_velocity(dataset, initial):
+def test_loss_is_the_squared_error_of_the_velocity(dataset, networks, constants):
     """Networks that always answer the same velocity c leave the mean square of c - (noise - x)."""
-    networks = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: flow.Networks(SMALL, nnx.Rngs(0)))), initial)
-    velocity = jnp.linspace(-1, 2, 8)
+    networks, velocity = nnx.clone(networks), jnp.linspace(-1, 2, 8)
     networks.transformer.final_layer.linear.bias[...] = velocity
-    empty = {"empty_t5": dataset.empty_t5, "empty_clip": dataset.empty_clip}
-    batch = jax.tree.map(jnp.asarray, dataset.batch(0, 0, 20) | empty)
-    rope = jnp.ones((2, 16 + 4, 8), jnp.float32)
-    key = jax.random.key(1)
-    minimised, loss = flow.flow_loss(networks, batch, key, rope, SMALL, RECIPE)
+    batch, key = jax.tree.map(jnp.asarray, dataset.batch(0, 0, 20)), jax.random.key(1)
+    minimised, loss = flow.FlowLoss(SMALL, RECIPE)(networks, batch, key, constants)
     noise = jax.random.normal(jax.random.split(key, 3)[1], (20, 4, 8))
     expected = jnp.square(velocity[None, None] - (noise - batch["tokens"])).mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
@@ -95,9 +100,10 @@ def test_layout_loss_is_least_where_the_head_knows_the_shares():
         assert float(flow.layout_loss(jnp.asarray(wrong), jnp.asarray(layout))) > entropy + 0.02
 
 
-def test_guidance_phase_starts_from_its_teacher_and_moves(tmp_path, dataset, initial):
-    teacher = jax.tree.map(lambda x: x + 0.05 * jnp.ones_like(x), initial)
-    student = train(tmp_path / "guidance", dataset, teacher, teacher=teacher)
+def test_guidance_phase_starts_from_its_teacher_and_moves(tmp_path, dataset, networks, constants):
+    teacher = jax.tree.map(lambda x: x + 0.05 * jnp.ones_like(x), networks)
+    loss = flow.GuidanceLoss(SMALL, RECIPE)
+    student = train(tmp_path / "guidance", dataset, teacher, constants | {"teacher": teacher}, loss)
     moved = [float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (student, teacher)), strict=True)]
     assert max(moved) > 0
     assert np.isfinite(moved).all()

@@ -40,7 +40,7 @@ def test_the_teacher_says_what_it_is():
     card = (folder / "README.md").read_text()
     for word in ("Apache-2.0", "Data", "seed", "Score", "SHA256SUMS"):
         assert word in card
-    for phase in ("vae", "flow"):
+    for phase in ("vae", "text", "flow"):
         assert (folder / "training" / phase / "metrics.jsonl").is_file()
         assert (folder / "training" / phase / "curve.png").is_file()
 
