@@ -33,7 +33,7 @@ from itertools import permutations, product
 
 import numpy as np
 
-from flux_jax.nano.world import COLORS, SHAPES, Scene, paint, place
+from flux_jax.nano.world import COLORS, SHAPES, USUAL_COLORS, Scene, paint, place
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ")
@@ -48,7 +48,7 @@ EVALUATION = {  # GenEval's numbers of captions, 553 in all
     "position": 100,
     "color_attr": 100,
 }
-WEIGHTS = dict(zip(TAGS, (0.07, 0.16, 0.21, 0.10, 0.26, 0.20), strict=True))  # of the tags in training
+WEIGHTS = dict(zip(TAGS, (0.13, 0.17, 0.20, 0.17, 0.14, 0.19), strict=True))  # of the tags in training
 
 MEANINGS = (len(SHAPES) + 1, len(COLORS) + 1, max(COUNTS.values()) + 1, len(RELATIONS) + 1)  # answers of `meaning`
 
@@ -259,12 +259,13 @@ _DETERMINED = ("single_object", "two_object", "colors")
 
 
 def scene_for(rng: np.random.Generator, caption: Caption, split: str = "train") -> Scene:
-    """A random scene with exactly the caption's objects. Colours left open are random (all of one colour where objects
-    are counted), and with split "train" never add a held-out combination. A relation holds along the axis of the
+    """A random scene with exactly the caption's objects. Colours left open are usual ones of the shape (all of one
+    colour where objects are counted), and with split "train" never add a held-out combination. A relation holds along the axis of the
     larger offset, which is at least twice the other."""
     while True:
         objects = tuple(
-            Spec(spec.shape, spec.color or _NAMES[rng.integers(len(_NAMES))], spec.count) for spec in caption.objects
+            Spec(spec.shape, spec.color or USUAL_COLORS[spec.shape][rng.integers(3)], spec.count)
+            for spec in caption.objects
         )
         if split != "train" or unseen(objects) <= unseen(caption.objects):
             break
@@ -282,7 +283,7 @@ def _clear(relation: str, first: tuple[float, float, float], second: tuple[float
 
 
 def sample(rng: np.random.Generator, split: str = "train") -> tuple[Caption, Scene]:
-    """One training (or "held_out") example, its tag drawn by WEIGHTS: the harder tags come more often."""
+    """One training (or "held_out") example, its tag drawn by WEIGHTS."""
     caption = sample_caption(rng, TAGS[rng.choice(len(TAGS), p=tuple(WEIGHTS.values()))], split)
     return caption, scene_for(rng, caption, split)
 

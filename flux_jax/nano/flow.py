@@ -76,10 +76,17 @@ def constants(config: FluxConfig, encoders: TextEncoders, dataset: Dataset) -> d
     return {"encoders": encoders, "rope": rope, "empty": (dataset.empty_t5, dataset.empty_clip)}
 
 
-def noise_levels(key, config: FluxConfig, count: int) -> Float[Array, " count"]:
-    """t in (0, 1) for training: logit-normal (arXiv 2403.03206, section 3.1), shifted as the sampler's schedule is."""
+def noised(
+    x: Float[Array, "b i c"], key: Array, config: FluxConfig
+) -> tuple[Float[Array, " b"], Float[Array, "b i c"], Float[Array, "b i c"], Array]:
+    """(t, noise, x_t = (1 - t) x + t noise, a key for further draws): t in (0, 1) is logit-normal (arXiv 2403.03206,
+    section 3.1), shifted as the sampler's schedule is."""
+    keys = jax.random.split(key, 3)
     mu = shift_mu(config.sampling, math.prod(config.default_grid))
-    return jax.nn.sigmoid(mu + jax.random.normal(key, (count,)))
+    t = jax.nn.sigmoid(mu + jax.random.normal(keys[0], (len(x),)))
+    noise = jax.random.normal(keys[1], x.shape)
+    share = t[:, None, None]
+    return t, noise, (1 - share) * x + share * noise, keys[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +97,13 @@ class FlowLoss:
     recipe: Recipe
 
     def __call__(self, networks: Networks, batch: dict[str, Array], key: Array, constants: dict[str, Any]):
-        keys = jax.random.split(key, 3)
         size = len(batch["tokens"])
-        t = noise_levels(keys[0], self.config, size)
-        noise = jax.random.normal(keys[1], batch["tokens"].shape)
-        dropped = jax.random.bernoulli(keys[2], self.recipe.dropout, (size, 1))
+        t, noise, x, key = noised(batch["tokens"], key, self.config)
+        dropped = jax.random.bernoulli(key, self.recipe.dropout, (size, 1))
         empty_t5, empty_clip = constants["empty"]
         encoded = constants["encoders"](
             jnp.where(dropped, empty_t5, batch["t5"]), jnp.where(dropped, empty_clip, batch["clip"])
         )
-        x = mix(batch["tokens"], noise, t)
         velocity, layout = networks(x, t, jnp.full(size, NO_GUIDANCE), encoded, constants["rope"])
         loss = jnp.square(velocity - (noise - batch["tokens"])).mean()
         return loss + self.recipe.layout_weight * layout_loss(layout, batch["layout"]), loss
@@ -125,11 +129,9 @@ class GuidanceLoss:
     recipe: Recipe
 
     def __call__(self, networks: Networks, batch: dict[str, Array], key: Array, constants: dict[str, Any]):
-        keys = jax.random.split(key, 3)
         size = len(batch["tokens"])
-        t = noise_levels(keys[0], self.config, size)
-        x = mix(batch["tokens"], jax.random.normal(keys[1], batch["tokens"].shape), t)
-        guidance = jax.random.uniform(keys[2], (size,), minval=NO_GUIDANCE, maxval=self.recipe.guidance_max)
+        t, _, x, key = noised(batch["tokens"], key, self.config)
+        guidance = jax.random.uniform(key, (size,), minval=NO_GUIDANCE, maxval=self.recipe.guidance_max)
         encoders, rope, plain = constants["encoders"], constants["rope"], jnp.full(size, NO_GUIDANCE)
         encoded = encoders(batch["t5"], batch["clip"])
         empty = jax.tree.map(lambda e: jnp.broadcast_to(e, (size, *e.shape[1:])), encoders(*constants["empty"]))
@@ -139,9 +141,3 @@ class GuidanceLoss:
         velocity, _ = networks(x, t, guidance, encoded, rope)
         loss = jnp.square(velocity - target).mean()
         return loss, loss
-
-
-def mix(x: Float[Array, "b i c"], noise: Float[Array, "b i c"], t: Float[Array, " b"]) -> Float[Array, "b i c"]:
-    """x_t = (1 - t) x + t noise."""
-    t = t[:, None, None]
-    return (1 - t) * x + t * noise

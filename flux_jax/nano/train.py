@@ -24,7 +24,7 @@ from flux_jax.nano.training import Recipe, Trainer
 
 RECIPES = {
     "text": Recipe(steps=600, batch=128),
-    "flow": Recipe(steps=6000),
+    "flow": Recipe(steps=5500, decay=0.5),
     "guidance": Recipe(steps=1200, warmup=50, learning_rate=1e-3),
 }
 

@@ -36,11 +36,11 @@ BACKGROUNDS: tuple[tuple[int, int, int], ...] = (
 COLOR_JITTER = 10  # uniform, each channel of an object
 BACKGROUND_JITTER = 5  # uniform, one shift for all three channels
 GAP = 0.035  # least distance between the boxes of two objects, and from a box to the picture's edge
-SIZES = {1: (0.28, 0.32), 2: (0.19, 0.22), 3: (0.17, 0.20), 4: (0.17, 0.20)}  # range of sizes by number of objects
-# Centres lie near the crossings of a grid whose pitch is one image token of FLUX-nano (16 of 128 pixels), or two where
-# there are several objects: an edge then meets a token in few ways, and objects have few places to choose from, which
-# a training of two hours can learn.
-PITCHES = {1: 1 / 8, 2: 1 / 4, 3: 1 / 4, 4: 1 / 4}  # by number of objects
+SIZES = {1: (0.19, 0.22), 2: (0.19, 0.22), 3: (0.17, 0.20), 4: (0.17, 0.20)}  # range of sizes by number of objects
+# Centres lie near the crossings of a grid whose pitch is two image tokens of FLUX-nano (32 of 128 pixels): an edge then
+# meets a token in few ways, and however many objects there are, each is drawn as one alone is, which a training of two
+# hours can learn.
+PITCH = 1 / 4
 PLACE_JITTER = 0.02  # uniform, about a crossing, along each axis
 
 Tint = tuple[float, float, float]
@@ -101,6 +101,17 @@ def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return 0.8 * np.abs(x) + 0.6 * np.abs(y) - 0.6
 
 
+# The colours that a shape has where a caption leaves its colour open, as a banana is yellow or green.
+USUAL_COLORS: dict[str, tuple[str, str, str]] = {
+    "circle": ("red", "blue", "pink"),
+    "square": ("orange", "green", "black"),
+    "triangle": ("red", "green", "purple"),
+    "cross": ("yellow", "blue", "black"),
+    "star": ("yellow", "pink", "black"),
+    "diamond": ("orange", "green", "purple"),
+}
+
+
 # Signed distance to the edge (negative inside; exact along straight edges), in units of the object's size.
 DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": _circle,
@@ -157,12 +168,11 @@ def layout(scene: Scene, cells: int, size: int = 128) -> np.ndarray:
 
 def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
     """Draws `count` (1 to 4) boxes (x, y, size) inside the picture, at least GAP apart: sizes range by SIZES, centres
-    lie within PLACE_JITTER of the crossings of a grid of PITCHES."""
-    pitch = PITCHES[count]
+    lie within PLACE_JITTER of the crossings of a grid of PITCH."""
     while True:
         boxes: list[tuple[float, float, float]] = []
         sizes = rng.uniform(*SIZES[count], 64)
-        centres = pitch * rng.integers(1, round(1 / pitch), (64, 2)) + rng.uniform(-PLACE_JITTER, PLACE_JITTER, (64, 2))
+        centres = PITCH * rng.integers(1, round(1 / PITCH), (64, 2)) + rng.uniform(-PLACE_JITTER, PLACE_JITTER, (64, 2))
         inside = np.minimum(centres, 1 - centres).min(1) >= sizes + GAP
         for x, y, size in np.column_stack([centres, sizes])[inside].tolist():
             if all(max(abs(x - u), abs(y - v)) >= size + s + GAP for u, v, s in boxes):

@@ -35,7 +35,7 @@ from flux_jax.nano.captions import (
 )
 from flux_jax.nano.oracle import contradiction
 from flux_jax.nano.oracle_error import truth
-from flux_jax.nano.world import COLORS, SHAPES
+from flux_jax.nano.world import COLORS, SHAPES, USUAL_COLORS
 
 COMMAND = "a red circle to the left of a blue square"
 
@@ -94,6 +94,17 @@ def test_a_scene_makes_its_caption_true_and_shows_nothing_else(seed: int, split:
     if split == "train":
         counts = Counter((thing.shape, thing.color) for thing in scene.objects)
         assert not unseen(tuple(Spec(shape, color, n) for (shape, color), n in counts.items()))
+
+
+@given(seeds, st.sampled_from(TAGS))
+def test_a_colour_left_open_is_a_usual_one_of_the_shape(seed: int, tag: str):
+    rng = np.random.default_rng(seed)
+    caption = sample_caption(rng, tag)
+    colors = {spec.shape: spec.color for spec in caption.objects}
+    for thing in scene_for(rng, caption).objects:
+        assert thing.color == colors[thing.shape] or (
+            not colors[thing.shape] and thing.color in USUAL_COLORS[thing.shape]
+        )
 
 
 def test_training_and_evaluation_never_meet():
