@@ -260,8 +260,8 @@ _DETERMINED = ("single_object", "two_object", "colors")
 
 def scene_for(rng: np.random.Generator, caption: Caption, split: str = "train") -> Scene:
     """A random scene with exactly the caption's objects. Colours left open are usual ones of the shape (all of one
-    colour where objects are counted), and with split "train" never add a held-out combination. A relation holds along the axis of the
-    larger offset, which is at least twice the other."""
+    colour where objects are counted), and with split "train" never add a held-out combination. A relation holds along
+    the axis of the larger offset, which is at least twice the other."""
     while True:
         objects = tuple(
             Spec(spec.shape, spec.color or USUAL_COLORS[spec.shape][rng.integers(3)], spec.count)
