@@ -21,7 +21,7 @@ from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.distill import mesh as meshes
 from flux_jax.distill import student, training
 from flux_jax.distill.blockwise import BlockLoss
-from flux_jax.distill.end_to_end import VelocityLoss
+from flux_jax.distill.end_to_end import OWN_ROUNDS, VelocityLoss
 from flux_jax.distill.options import Options
 from flux_jax.inputs import parse_size
 from flux_jax.parts import abstract_part, leaf_table
@@ -125,6 +125,7 @@ def hours(config: FluxConfig, options: Options, tokens: int, rate: float) -> lis
         "held-out losses": 3 * options.held_out * steps,
         "blockwise: states": 2 * options.block_points,
         "blockwise: training": 3 * options.block_steps * options.block_batch,
+        "student's own trajectories": 2 * OWN_ROUNDS * options.own_trajectories * steps,
         "end to end": 4 * options.learning_steps * options.batch,
     }
     rows = [{"phase": phase, "forwards": count, "flop": count * forward} for phase, count in passes.items()]
@@ -157,6 +158,7 @@ def main(argv: Sequence[str]) -> None:
         block_points=4096,
         block_batch=16,
         learning_steps=2000,
+        own_trajectories=128,
         batch=16,
     )
     rows = []

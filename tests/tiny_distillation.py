@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 PROMPTS = [f"{n} {a} {shape} and {m} {b} {other}" for n in ("a", "two") for m in ("a", "three") for a in ("red", "blue")
            for b in ("green", "red") for shape in ("circle", "square") for other in ("triangle", "circle")]  # fmt: skip
 OPTIONS = Options(
-    trajectories=8, held_out=4, block_steps=4, block_points=12, block_batch=4, learning_steps=6, batch=4, save_every=2,
-    log_every=2, products="float32",
+    trajectories=8, held_out=4, block_steps=4, block_points=12, block_batch=4, learning_steps=6, batch=4,
+    own_trajectories=4, save_every=2, log_every=2, products="float32",
 )  # fmt: skip
 
 

@@ -183,7 +183,7 @@ class Blockwise:
             "vec": store.open_store(self.vectors)["vec"],
         }
 
-        def batch(step: int) -> dict[str, np.ndarray]:
+        def batch(step: int, mean: Any = None) -> dict[str, np.ndarray]:
             rng = np.random.default_rng((options.seed, 1 + k, step))
             rows = rng.integers(0, options.block_points, options.block_batch)
             return {key: np.asarray(value[rows]) for key, value in inputs.items()}

@@ -1,9 +1,11 @@
 """The whole student: put together from its blocks, taught the teacher's velocity (phase `end_to_end`), and measured.
 
-In: arrays of each block (rounded, or from phase `blockwise`), points of the teacher's trajectories. Out: parameters of
-the student (a dict tree, cut over the mesh), and its velocity's mean squared error at each noise level.
+In: arrays of each block (rounded, or from phase `blockwise`), points of the teacher's trajectories; the student samples
+further ones. Out: parameters of the student (a dict tree, cut over the mesh), and its velocity's mean squared error at
+each noise level.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -19,12 +21,13 @@ from flux_jax.distill import mesh as meshes
 from flux_jax.distill import store, student
 from flux_jax.distill.blockwise import in_dtype
 from flux_jax.distill.training import Fit, Plan
-from flux_jax.distill.trajectories import Trajectories
+from flux_jax.distill.trajectories import Trajectories, load_or_make
 from flux_jax.distill.workspace import Workspace
 from flux_jax.models.transformer import Transformer
 from flux_jax.parts import abstract_part, assemble
 
 Read = Callable[[list[str]], Mapping[str, np.ndarray]]
+OWN_ROUNDS = 3  # times that the student samples trajectories of its own, at equal distances
 UNROLLED = 8  # so many blocks compile in seconds without a scan, and a step then takes a quarter less time on a CPU
 
 
@@ -146,11 +149,37 @@ def shares(work: Workspace, by_step: list[float]) -> np.ndarray | None:
 
 def train(work: Workspace, graph: Any, params: Any, trajectories: Trajectories, by_step: list[float]) -> Any:
     """Phase `end_to_end`; returns the parameters' running mean."""
-    options, drawn = work.options, shares(work, by_step)
+    points = Points(work, graph, trajectories, shares(work, by_step))
+    plan = Plan.of(work.options, steps=work.options.learning_steps)
+    fit = Fit(work.folder / "end_to_end", "end_to_end", plan, work.options, work.mesh, work.metrics)
+    return fit.run(VelocityLoss(graph, work.dtype), params, points, frozen(work), points.starts)
 
-    def batch(step: int) -> dict[str, np.ndarray]:
-        return trajectories.points(*trajectories.draw(options.seed, 1_000_000, step, options.batch, drawn))
 
-    plan = Plan.of(options, steps=options.learning_steps)
-    fit = Fit(work.folder / "end_to_end", "end_to_end", plan, options, work.mesh, work.metrics)
-    return fit.run(VelocityLoss(graph, work.dtype), params, batch, frozen(work))
+class Points:
+    """Batches of phase `end_to_end`: the teacher's trajectories, and from the first of `starts` on, in equal parts, the
+    student's own; these are sampled anew by the running mean of its weights at each of `starts`."""
+
+    def __init__(self, work: Workspace, graph: Any, trajectories: Trajectories, drawn: np.ndarray | None):
+        self.work, self.graph, self.trajectories, self.drawn = work, graph, trajectories, drawn
+        rounds = OWN_ROUNDS if work.options.own_trajectories else 0
+        self.starts = [work.options.learning_steps * (i + 1) // (rounds + 1) for i in range(rounds)]
+        self.round, self.own = 0, None
+
+    def __call__(self, step: int, mean: Any) -> dict[str, np.ndarray]:
+        if (current := bisect.bisect(self.starts, step)) != self.round:
+            self.round, self.own = current, self._sample(current, mean)
+        size = self.work.options.batch
+        own = self._draw(self.own, 1_000_001, step, size // 2) if self.own else {}
+        theirs = self._draw(self.trajectories, 1_000_000, step, size - size // 2 if own else size)
+        return {name: np.concatenate([value, own[name]]) if own else value for name, value in theirs.items()}
+
+    def _draw(self, trajectories: Trajectories, phase: int, step: int, size: int) -> dict[str, np.ndarray]:
+        return trajectories.points(*trajectories.draw(self.work.options.seed, phase, step, size, self.drawn))
+
+    def _sample(self, current: int, mean: Any) -> Trajectories:
+        work, count = self.work, self.work.options.own_trajectories
+        first = work.options.trajectories + (current - 1) * count
+        student = nnx.merge(self.graph, in_dtype(mean, work.dtype))
+        made = load_or_make(work, f"own.{current}", work.training, count, first=first, driver=student)
+        store.remove(work.folder / f"own.{current - 1}")
+        return made

@@ -50,8 +50,13 @@ class Options:
     block_points: int = option(8192, "points whose hidden states phase blockwise keeps")
     block_batch: int = option(64, "points of a step")
     block_learning_rate: float = option(1e-2, "of latent weights")
-    learning_steps: int = option(3600, "steps of phase end_to_end")
-    batch: int = option(64, "points of a step of phase end_to_end")
+    learning_steps: int = option(10000, "steps of phase end_to_end")
+    own_trajectories: int = option(
+        1024,
+        "trajectories that the student samples itself, anew at each quarter of phase end_to_end: half of a batch's"
+        " points are then theirs, and the teacher's velocity there is learned; 0: none",
+    )
+    batch: int = option(32, "points of a step of phase end_to_end")
     accumulate: int = option(1, "parts that a batch is worked on in, for want of memory")
     learning_rate: float = option(6e-3, "of latent weights")
     scale_rate: float = option(0.3, "learning rate of scales, as a share of the latents' and of the scale itself")
@@ -89,7 +94,7 @@ class Options:
             raise UserError(f"--phases must name each phase once and in order: {','.join(PHASES)}.")
         least = dict.fromkeys(("trajectories", "held_out", "block_points", "block_batch", "batch", "accumulate"), 1)
         least |= dict.fromkeys(("save_every", "log_every", "block_steps", "learning_steps"), 1)
-        least |= dict.fromkeys(("seed", "steps", "height", "width", "max_skipped", "ema"), 0)
+        least |= dict.fromkeys(("seed", "steps", "height", "width", "max_skipped", "ema", "own_trajectories"), 0)
         least |= dict.fromkeys(("learning_rate", "block_learning_rate", "scale_rate", "rest_rate"), 0)
         most = {"warmup": 1, "decay": 1, "ema": 1, "seed": 2**32 - 1}
         for name in least.keys() | most.keys():
@@ -111,6 +116,7 @@ QUICK: dict[str, Any] = {  # what --quick sets where no flag says otherwise: FLU
     "block_points": 1024,
     "block_batch": 32,
     "learning_steps": 260,
+    "own_trajectories": 0,
     "batch": 32,
     "ema": 0.97,
     "save_every": 150,

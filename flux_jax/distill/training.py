@@ -1,14 +1,15 @@
 """One fit: parameters that learn from batches, with checkpoints, metrics and a running mean of the weights.
 
 In: parameters (a dict tree of float arrays), a loss (params, batch, frozen) -> scalar that is equal to any other that
-computes the same, and `batches(step)`, a function of the step alone. Out: the running mean of the parameters. Killed at
+computes the same, and `batches(step, mean)`, a function of the step and, at steps named in `stops`, of the running mean
+of the parameters so far (it must not keep that: the next step uses its memory). Out: the last running mean. Killed at
 any moment, the same call goes on from the last checkpoint and ends with the same bits.
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from flux_jax.distill.options import Options
 from flux_jax.distill.student import LARGEST
 from flux_jax.errors import UserError
 
-Batches = Callable[[int], dict[str, np.ndarray]]
+Batches = Callable[[int, Any], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +186,9 @@ class Fit:
     mesh: Mesh
     metrics: Metrics
 
-    def run(self, loss: Any, params: Any, batches: Batches, frozen: Any) -> Any:
-        """Fits `params` (global arrays) and returns their running mean, in the same dtypes. UserError once more than
-        `options.max_skipped` steps were not finite."""
+    def run(self, loss: Any, params: Any, batches: Batches, frozen: Any, stops: Sequence[int] = ()) -> Any:
+        """Fits `params` (global arrays) and returns their running mean, in the same dtypes. stops: steps before which
+        there is always a checkpoint. UserError once more than `options.max_skipped` steps were not finite."""
         from orbax.checkpoint import v1 as ocp
 
         state, step = begin(self.plan, self.mesh, params), 0
@@ -204,7 +205,7 @@ class Fit:
         bar = tqdm(total=self.plan.steps, initial=step, desc=self.phase, mininterval=2, disable=jax.process_index() > 0)
         with bar:
             while step < self.plan.steps:
-                batch = meshes.put(batches(step), meshes.by_row(self.mesh))
+                batch = meshes.put(batches(step, state["ema"]), meshes.by_row(self.mesh))
                 state, value, norm = update(loss, self.plan, self.mesh, state, batch, frozen, np.int32(step))
                 losses.append(value)
                 step += 1
@@ -229,7 +230,7 @@ class Fit:
                             f"{self.phase}: {skipped} of {step} steps had a loss or gradient that is not finite; lower "
                             "the learning rate, or look for damaged weights in the teacher."
                         )
-                if step % self.options.save_every == 0 or last:
+                if step % self.options.save_every == 0 or step in stops or last:
                     checkpoints.save(step, state)
         checkpoints.close()
         return state["ema"]

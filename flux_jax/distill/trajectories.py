@@ -1,11 +1,13 @@
-"""The teacher's own sampling trajectories: where the student learns, and what it learns there.
+"""Sampling trajectories: where the student learns, and what it learns there.
 
 In: prompts, a seed, the teacher with its schedule and guidance. Out: for trajectory j, all its points (x_t, velocity)
 and its text, in chunks on disk (float16). Trajectory j depends on (seed, j) alone, its prompt too; a chunk is whole or
 not there, so that a killed run goes on with the next one. A batch of points depends on (seed, phase, step) alone.
 
-What a point holds is the rounded x_t and the teacher's velocity at just that x_t. With `points` = "noise" x_t is pure
-noise at every level: what is known not to work, kept for the ablation.
+What a point holds is the rounded x_t and the teacher's velocity at just that x_t. The way is the teacher's own, or a
+driver's: a student that samples meets points beside the teacher's way, and learns there what brings it back (DAgger,
+arXiv 1011.0686). With `points` = "noise" x_t is pure noise at every level: what is known not to work, kept for the
+ablation.
 """
 
 import functools
@@ -60,18 +62,24 @@ def follow(
     sigmas: Float[Array, " levels"],
     rope: Float[Array, "2 n half"],
     noisy: bool,
+    driver: Transformer | None = None,
 ) -> tuple[Float[Array, "b s i c"], Float[Array, "b s i c"]]:
-    """All points of a batch of trajectories: x_t and the velocity there, float16."""
+    """All points of a batch of trajectories: x_t and the transformer's velocity there, float16. From one point to the
+    next leads the driver's velocity, where there is one."""
     batch = len(noise)
+
+    def velocity(model, x, now):
+        modulation = model.modulation(jnp.full((batch,), now), jnp.full((batch,), guidance), pooled)
+        return model(x.astype(text.dtype), text, modulation, rope).astype(STORED)
 
     def body(x, levels):
         now, after, index = levels
         if noisy:
             x = jax.random.permutation(jax.random.fold_in(jax.random.key(0), index), noise, axis=1)
         x = x.astype(STORED)
-        modulation = transformer.modulation(jnp.full((batch,), now), jnp.full((batch,), guidance), pooled)
-        v = transformer(x.astype(text.dtype), text, modulation, rope).astype(STORED)
-        return x.astype(jnp.float32) + (after - now) * v.astype(jnp.float32), (x, v)
+        v = velocity(transformer, x, now)
+        way = v if driver is None else velocity(driver, x, now)
+        return x.astype(jnp.float32) + (after - now) * way.astype(jnp.float32), (x, v)
 
     _, points = jax.lax.scan(body, noise, (sigmas[:-1], sigmas[1:], jnp.arange(len(sigmas) - 1)))
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), points)
@@ -107,19 +115,21 @@ def chunk_paths(folder: Path, count: int, chunk: int) -> list[Path]:
     return [folder / f"{start:06d}" for start in range(0, count, chunk)]
 
 
-def load_or_make(work: Workspace, name: str, prompts: list[str], count: int) -> Trajectories:
-    """The trajectories in the run's folder `name`, after making those that are not there. UserError where the teacher's
-    latents or texts leave float16."""
+def load_or_make(
+    work: Workspace, name: str, prompts: list[str], count: int, *, first: int = 0, driver: Transformer | None = None
+) -> Trajectories:
+    """The trajectories first, first + 1, ... in the run's folder `name`, after making those that are not there, on the
+    teacher's way or the driver's. UserError where the teacher's latents or texts leave float16."""
     folder, chunk = work.folder / name, work.options.block_batch
     paths = chunk_paths(folder, count, chunk)
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     if missing:
         apart = name == "held_out"  # measured on what is sampled, whatever was trained on
-        maker = Maker(work, 2 * work.options.seed + apart, work.options.points == "noise" and not apart)
-        texts = order(prompts, work.options.seed, count)
+        maker = Maker(work, 2 * work.options.seed + apart, work.options.points == "noise" and not apart, driver)
+        texts = order(prompts, work.options.seed, first + count)[first:]
         done, hidden = len(paths) - len(missing), jax.process_index() > 0
         for i in tqdm(missing, desc=name, initial=done, total=len(paths), mininterval=2, disable=hidden):
-            arrays = maker.chunk(texts[i * chunk : (i + 1) * chunk], i * chunk, chunk)
+            arrays = maker.chunk(texts[i * chunk : (i + 1) * chunk], first + i * chunk, chunk)
             if bad := [key for key, value in arrays.items() if not np.isfinite(value).all()]:
                 raise UserError(
                     f"Trajectories from {i * chunk} on: the teacher's {bad[0]} is not finite in float16; its weights"
@@ -132,8 +142,8 @@ def load_or_make(work: Workspace, name: str, prompts: list[str], count: int) -> 
 class Maker:
     """The teacher with its encoders, ready to sample."""
 
-    def __init__(self, work: Workspace, seed: int, noisy: bool = False):
-        self.work, self.seed, self.noisy = work, np.uint32(seed % 2**32), noisy
+    def __init__(self, work: Workspace, seed: int, noisy: bool = False, driver: Transformer | None = None):
+        self.work, self.seed, self.noisy, self.driver = work, np.uint32(seed % 2**32), noisy, driver
         self.tokenizers = Tokenizers.load(work.teacher.tokenizers, work.config)
         self.t5, self.clip = (work.teacher.load(part, work.dtype) for part in ("t5", "clip"))
         self.transformer = work.load_teacher()
@@ -158,6 +168,6 @@ class Maker:
             (np.asarray(noise), text.astype(work.dtype), pooled.astype(work.dtype)), meshes.by_row(work.mesh)
         )
         scalars = meshes.put((np.float32(work.guidance), work.sigmas), meshes.whole(work.mesh))
-        x, v = follow(self.transformer, *inputs, *scalars, work.rope, self.noisy)
+        x, v = follow(self.transformer, *inputs, *scalars, work.rope, self.noisy, self.driver)
         x, v = meshes.fetch((x, v))
         return {"x": x[:count], "velocity": v[:count], "text": text[:count], "pooled": pooled[:count]}

@@ -176,7 +176,10 @@ class Workspace:
         tokens = self.grid[0] * self.grid[1]
         point = 4 * tokens * shape.in_channels
         text = 2 * (self.text_tokens * shape.text_dim + shape.pooled_dim)
-        total = (options.trajectories + options.held_out) * (self.steps * point + text)
+        count = options.trajectories + options.held_out
+        if "end_to_end" in options.phase_list:
+            count += 2 * options.own_trajectories  # a round's go when the next round's are there
+        total = count * (self.steps * point + text)
         weights = sum(_count(entry) for entry in self.teacher.table("transformer").values())
         if "blockwise" in options.phase_list:
             total += 4 * options.block_points * (tokens + self.text_tokens) * shape.hidden_size * self.dtype.itemsize

@@ -55,8 +55,8 @@ def whole(folder):
 
 def test_killed_in_every_phase_and_in_a_save_it_ends_with_the_same_bits(folder, whole):
     """Killed while trajectories are written, while a block learns, while Orbax gives a save its name (in both phases),
-    and in the middle of phase end_to_end."""
-    for die in (("store", 2), ("step", 3), ("orbax", 2), ("step", 7), ("orbax", 4)):
+    in the middle of phase end_to_end, and while the student's own trajectories are written."""
+    for die in (("store", 2), ("step", 3), ("orbax", 2), ("step", 7), ("store", 2), ("orbax", 2)):
         killed = tiny.run(words(folder, "killed"), die=die)
         assert killed.returncode == -9, (die, killed.stderr)
         assert not (folder / "killed").exists()
@@ -142,6 +142,37 @@ def test_trajectories_are_the_pipelines(folder, tmp_path):
         end = x[-1] + (work.sigmas[-1] - work.sigmas[-2]) * v[-1]
         np.testing.assert_allclose(end, drawn, atol=2e-2)
         assert np.abs(end - x[0]).max() > 0.5
+
+
+def test_on_its_own_way_the_student_learns_the_teachers_velocity(folder, tmp_path):
+    """Points of own trajectories: the student's Euler steps lead from one to the next, the velocity is the teacher's.
+    They are half of a batch from their first round on, and each round has its own noise."""
+    options = dataclasses.replace(tiny.OPTIONS, dtype="float32", phases="end_to_end", learning_steps=8)
+    work = prepare(folder / "teacher", tmp_path / "run", tiny.PROMPTS, options, None)
+    graph, params = end_to_end.build(work, end_to_end.rounded(work))
+    theirs = load_or_make(work, "trajectories", work.training, options.trajectories)
+    points = end_to_end.Points(work, graph, theirs, None)
+    assert points.starts == [2, 4, 6]
+    alone = points(1, None)
+    drawn = theirs.points(*theirs.draw(options.seed, 1_000_000, 1, options.batch, None))
+    jax.tree.map(np.testing.assert_array_equal, alone, drawn)
+    both, own = points(2, params), points.own
+    assert len(both["t"]) == options.batch and own.count == options.own_trajectories
+    half = own.points(*own.draw(options.seed, 1_000_001, 2, options.batch // 2, None))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[options.batch // 2 :], b), both, half)
+
+    rows, steps = np.arange(own.count), np.zeros(own.count, int)
+    now, after = (jax.tree.map(jnp.asarray, own.points(rows, steps + i)) for i in range(2))
+    teacher_graph, teacher = nnx.split(work.load_teacher())
+    given = end_to_end.frozen(work)
+    told = end_to_end.velocity(teacher_graph, work.dtype, nnx.to_pure_dict(teacher), now, given)
+    np.testing.assert_allclose(now["velocity"], told, atol=2e-2)
+    way = end_to_end.velocity(graph, work.dtype, params, now, given)
+    np.testing.assert_allclose(after["x"], now["x"] + (work.sigmas[1] - work.sigmas[0]) * way, atol=1e-2)
+    assert np.abs(told - way).max() > 0.1  # the two are told apart
+    points(4, params)
+    assert not (work.folder / "own.1").exists()  # one round's room on the disk is enough
+    assert (points.own.points(rows, steps)["x"] != np.asarray(now["x"])).all()  # other noise
 
 
 REFUSED = {
