@@ -52,24 +52,39 @@ def memory(compiled: Any) -> dict[str, int]:
     return sizes | {"peak_bytes": sum(sizes.values())}
 
 
-def block_step(gpu: str, kind: str, config: FluxConfig, options: Options, tokens: int, batch: int) -> dict[str, Any]:
-    """The figures of one step of phase `blockwise` on one GPU."""
-    devices, text = aot.mesh(gpu, (1, 1), meshes.AXES), config.sampling.max_sequence_length
+def student_block(kind: str, config: FluxConfig, options: Options, rows: Any) -> tuple[Any, Any]:
+    """(graph, abstract parameters) of one block of `kind` ("double_blocks" or "single_blocks") as a student."""
     stacked = getattr(abstract_part("transformer", config), kind)
 
     def one() -> nnx.Module:
         block = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), stacked)
-        return student.student_of(block, f"{kind}.", options, rows=meshes.by_row(devices))
+        return student.student_of(block, f"{kind}.", options, rows=rows)
 
     graph, state = nnx.split(nnx.eval_shape(one))
-    params, width = nnx.to_pure_dict(state), config.transformer.hidden_size
-    rows, whole = meshes.by_row(devices), meshes.whole(devices)
-    states, vec = (abstract((batch, *size), jnp.bfloat16, rows) for size in ((text + tokens, width), (width,)))
+    return graph, nnx.to_pure_dict(state)
+
+
+def block_inputs(config: FluxConfig, tokens: int, batch: int, rows: Any, whole: Any) -> tuple[dict[str, Any], Any]:
+    """(a batch, rope) of phase `blockwise`, abstract; tokens: of the image."""
+    count, width = config.sampling.max_sequence_length + tokens, config.transformer.hidden_size
+    states, vec = (abstract((batch, *size), jnp.bfloat16, rows) for size in ((count, width), (width,)))
     inputs = dict.fromkeys(("student", "teacher", "target"), states) | {"vec": vec}
-    rope = abstract((2, text + tokens, config.transformer.head_dim // 2), jnp.float32, whole)
-    plan = training.Plan.of(options, steps=options.block_steps, learning_rate=options.block_learning_rate, accumulate=1)
-    loss = BlockLoss(graph, text, image_only=False, dtype=jnp.dtype(jnp.bfloat16))
-    compiled = compiled_step(devices, loss, plan, params, inputs, rope)
+    return inputs, abstract((2, count, config.transformer.head_dim // 2), jnp.float32, whole)
+
+
+def block_plan(options: Options) -> training.Plan:
+    return training.Plan.of(options, steps=options.block_steps, learning_rate=options.block_learning_rate, accumulate=1)
+
+
+def block_step(gpu: str, kind: str, config: FluxConfig, options: Options, tokens: int, batch: int) -> dict[str, Any]:
+    """The figures of one step of phase `blockwise` on one GPU."""
+    devices = aot.mesh(gpu, (1, 1), meshes.AXES)
+    rows, whole = meshes.by_row(devices), meshes.whole(devices)
+    graph, params = student_block(kind, config, options, rows)
+    loss = BlockLoss(graph, config.sampling.max_sequence_length, image_only=False, dtype=jnp.dtype(jnp.bfloat16))
+    compiled = compiled_step(
+        devices, loss, block_plan(options), params, *block_inputs(config, tokens, batch, rows, whole)
+    )
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
     about = {"gpu": gpu, "devices": 1, "program": f"blockwise, {kind[:-1].replace('_', ' ')}", "batch": batch}
     return about | {"parameters": count, "device_bytes": aot.target(gpu).memory_bytes} | memory(compiled)

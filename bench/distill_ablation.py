@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modulation stays float": {"modulation": False},
     "absmean start": {"method": "absmean"},
     "unweighted start": {"weighted": False},
+    "half at the student's own points": {"own_trajectories": 128},
     "floats stay frozen": {"train_rest": False},
     "int8 activations": {"activations": "int8"},
 }

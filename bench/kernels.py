@@ -30,10 +30,7 @@ SMALLEST_CALL = 4e-6  # seconds, to guess how often a loop has to go round
 @contextlib.contextmanager
 def device_for(tiny: bool) -> Iterator[None]:
     """The GPU; with `tiny` any device, on which the kernels are interpreted if it is not a GPU."""
-    on_gpu = jax.default_backend() == "gpu"
-    if not on_gpu and not tiny:
-        raise UserError("JAX finds no GPU, and the time of a CPU would say nothing: add --tiny to try the program")
-    with contextlib.nullcontext() if on_gpu else compiling_for(Target("interpret", "9.0")):
+    with contextlib.nullcontext() if report.has_gpu(tiny) else compiling_for(Target("interpret", "9.0")):
         yield
 
 

@@ -104,6 +104,16 @@ def device() -> str:
     return f"cpu ({platform.machine()})" if first.platform == "cpu" else first.device_kind
 
 
+def has_gpu(tiny: bool) -> bool:
+    """Whether JAX computes on a GPU. UserError where it does not, unless `tiny` says that no time is wanted."""
+    import jax
+
+    found = jax.default_backend() == "gpu"
+    if not found and not tiny:
+        raise UserError("JAX finds no GPU, and the time of a CPU would say nothing: add --tiny to try the program")
+    return found
+
+
 def finish(name: str, figures: dict[str, Any], *, save: Path | None = None, on: str | None = None) -> dict[str, Any]:
     """Print the JSON object, and write it to `save` if that is given; returns it. on: the device, if not JAX's own."""
     result = {

@@ -163,7 +163,8 @@ class Points:
         self.work, self.graph, self.trajectories, self.drawn = work, graph, trajectories, drawn
         rounds = OWN_ROUNDS if work.options.own_trajectories else 0
         self.starts = [work.options.learning_steps * (i + 1) // (rounds + 1) for i in range(rounds)]
-        self.round, self.own = 0, None
+        self.round = 0
+        self.own: Trajectories | None = None
 
     def __call__(self, step: int, mean: Any) -> dict[str, np.ndarray]:
         if (current := bisect.bisect(self.starts, step)) != self.round:

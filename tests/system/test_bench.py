@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bench import denoise, kernels, memory, products, report, synthetic, timing, tune
+from bench import denoise, distill_steps, kernels, memory, products, report, synthetic, timing, tune
 from flux_jax.config import dev, nano
 from flux_jax.errors import UserError
 from flux_jax.parts import abstract_part
@@ -47,10 +47,18 @@ def test_a_users_mistake_is_one_sentence_and_a_status(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU is here")
-@pytest.mark.parametrize("main", [kernels.main, tune.main])
+@pytest.mark.parametrize("main", [distill_steps.main, kernels.main, tune.main])
 def test_without_a_gpu_no_time_is_taken_unasked(main):
     with pytest.raises(UserError, match="add --tiny"):
         main([])
+
+
+def test_steps_of_a_block_learn(capsys):
+    distill_steps.main(["--tiny", "--steps", "3"])
+    blocks = last_line(capsys)["figures"]["blocks"]
+    assert [block["block"] for block in blocks] == ["double_block", "single_block"]
+    for block in blocks:
+        assert len(block["samples_us"]) == 3 and block["losses"][1] < block["losses"][0] < 1.5
 
 
 def test_shapes_are_those_of_every_ternary_layer():

@@ -1,0 +1,125 @@
+"""`python -m bench.distill_steps`: real steps of the blockwise phase on one block of FLUX.1-dev of each kind.
+
+In: a device, a size, a number of points; weights, inputs and targets are random, of full size, and made there. Out, for
+a double and a single block: seconds of a step (median, quartiles), compiling apart from them, the device's own counter
+of peak memory beside the bytes that XLA planned, and the first and the last loss. Each kind has a process of its own,
+whose peak is its own. What to expect without a GPU tells `bench.distill`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+from bench import report, timing
+from bench.distill import block_inputs, block_plan, student_block
+from flux_jax.config import FluxConfig, dev, nano
+from flux_jax.distill import mesh as meshes
+from flux_jax.distill import training
+from flux_jax.distill.blockwise import BlockLoss
+from flux_jax.distill.options import Options
+from flux_jax.errors import UserError
+from flux_jax.inputs import parse_size
+from flux_jax.memory import peak
+
+KINDS = ("double_blocks", "single_blocks")
+
+
+def random(tree: Any, spread: float, seed: int) -> Any:
+    """Normal numbers in the place of abstract arrays, on the device; logarithms of scales are about the width's."""
+
+    def fill(path: tuple, x: Any, key: jax.Array) -> jax.Array:
+        mean = -4.0 if training.kind(path) == "scale" else 0.0
+        return (mean + spread * jax.random.normal(key, x.shape, jnp.float32)).astype(x.dtype)
+
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(jax.tree.leaves(tree)))
+    keys = jax.tree.unflatten(jax.tree.structure(tree), list(keys))
+    return jax.jit(lambda keys: jax.tree_util.tree_map_with_path(fill, tree, keys))(keys)
+
+
+def trial(kind: str, config: FluxConfig, options: Options, tokens: int, steps: int) -> dict[str, Any]:
+    """Runs the steps here: {parameters, compile_seconds, seconds, quartiles, peak_bytes, losses}."""
+    one = jax.make_mesh((1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    rows, whole = meshes.by_row(one), meshes.whole(one)
+    graph, params = student_block(kind, config, options, rows)
+    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+    plan = block_plan(options)
+    loss = BlockLoss(graph, config.sampling.max_sequence_length, image_only=False, dtype=jnp.dtype(jnp.bfloat16))
+    batch, rope = block_inputs(config, tokens, options.block_batch, rows, whole)
+    batch, rope = random(batch, 1.0, 1), random({"rope": rope}, 1.0, 2)["rope"]
+    state = training.begin(plan, one, random(params, 0.6, 0))
+    start = time.perf_counter()
+    program = training.update.lower(loss, plan, one, state, batch, rope, np.int32(0)).compile()
+    compiled, planned, seconds, losses = time.perf_counter() - start, program.memory_analysis(), [], []
+    for step in range(steps + 1):  # the first is not counted
+        start = time.perf_counter()
+        state, value, _ = jax.block_until_ready(program(state, batch, rope, np.int32(step)))
+        seconds.append(time.perf_counter() - start)
+        losses.append(float(value))
+    return {
+        "block": kind.removesuffix("s"),
+        "parameters": count,
+        "points": options.block_batch,
+        "compile_seconds": compiled,
+        **timing.summary(seconds[1:]),
+        "peak_bytes": peak(jax.local_devices()[0]),
+        "planned_bytes": planned.argument_size_in_bytes + planned.temp_size_in_bytes,
+        "losses": [losses[0], losses[-1]],
+    }
+
+
+def in_own_process(kind: str, words: Sequence[str]) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.distill_steps", *words, "--kind", kind],
+        cwd=report.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise UserError(f"{kind}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = report.parser("distill_steps", __doc__)
+    add = parser.add_argument
+    add("--steps", type=int, default=50, help="measured steps of each kind of block (default: %(default)s)")
+    add("--size", type=parse_size, metavar="WxH", help="pixels (default: the model's)")
+    add("--block-batch", type=int, default=1, help="points of a step (default: %(default)s)")
+    add("--tiny", action="store_true", help="FLUX-nano instead of FLUX.1-dev: to try this program")
+    add("--kind", choices=KINDS, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.steps < 1 or args.block_batch < 1:
+        raise UserError("--steps and --block-batch must be at least 1.")
+    report.has_gpu(args.tiny)
+    config = nano() if args.tiny else dev()
+    if args.kind:
+        width, height = args.size or (config.sampling.width, config.sampling.height)
+        tokens = (width // config.pixels_per_token) * (height // config.pixels_per_token)
+        options = Options(block_steps=args.steps + 1, block_batch=args.block_batch)
+        print(json.dumps(trial(args.kind, config, options, tokens, args.steps)))
+        return
+    rows = []
+    for kind in KINDS:
+        report.say(kind)
+        rows.append(in_own_process(kind, argv))
+    cells = []
+    for row in rows:
+        counted = row["peak_bytes"] and row["peak_bytes"] / 1e9
+        sizes = [row["points"], row["parameters"] / 1e6, row["seconds"], row["compile_seconds"]]
+        cells.append([row["block"], *sizes, counted, row["planned_bytes"] / 1e9, *row["losses"]])
+    header = ["block", "points", "M weights", "s a step", "s to compile", "peak GB", "planned GB", "first loss", "last"]
+    print(report.table(header, cells))
+    report.finish("distill_steps", {"steps": args.steps, "blocks": rows}, save=args.save)
+
+
+if __name__ == "__main__":
+    raise SystemExit(report.run(main))
