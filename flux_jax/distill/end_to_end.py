@@ -157,11 +157,12 @@ def train(work: Workspace, graph: Any, params: Any, trajectories: Trajectories, 
 
 class Points:
     """Batches of phase `end_to_end`: the teacher's trajectories, and from the first of `starts` on, in equal parts, the
-    student's own; these are sampled anew by the running mean of its weights at each of `starts`."""
+    student's own (none in a batch of one point); these are sampled anew by the running mean of its weights at each of
+    `starts`."""
 
     def __init__(self, work: Workspace, graph: Any, trajectories: Trajectories, drawn: np.ndarray | None):
         self.work, self.graph, self.trajectories, self.drawn = work, graph, trajectories, drawn
-        rounds = OWN_ROUNDS if work.options.own_trajectories else 0
+        rounds = OWN_ROUNDS if work.options.own_trajectories and work.options.batch > 1 else 0
         self.starts = [work.options.learning_steps * (i + 1) // (rounds + 1) for i in range(rounds)]
         self.round = 0
         self.own: Trajectories | None = None
