@@ -50,7 +50,7 @@ def fit(folder, options=OPTIONS, bad=(), **own):
     mesh = one_device()
     placed = meshes.put(params(), meshes.whole(mesh))
     found = Fit(folder, "end_to_end", plan, options, mesh, Metrics(folder)).run(
-        Line(), placed, lambda step: batch(step, bad), {}
+        Line(), placed, lambda step, mean: batch(step, bad), {}
     )
     return jax.device_get(found)
 
