@@ -11,8 +11,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,13 +53,8 @@ def trial(weights: str, config: FluxConfig, steps: Sequence[int], samples: int) 
 
 def in_own_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The same by a new process; {"failure": its last words} where it failed."""
-    words = [sys.executable, "-m", "bench.denoise", "--trial", name, "--samples", str(args.samples)]
-    words += ["--steps", *map(str, args.steps), *(["--tiny"] if args.tiny else [])]
-    done = subprocess.run(words, cwd=report.ROOT, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.strip().splitlines()
-        return {"failure": (lines or [f"exit status {done.returncode}"])[-1][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
+    words = ["--trial", name, "--samples", str(args.samples), "--steps", *map(str, args.steps)]
+    return report.in_own_process("bench.denoise", [*words, *(["--tiny"] if args.tiny else [])])
 
 
 def rows_of(name: str, found: dict[str, Any]) -> list[list[Any]]:
@@ -115,6 +108,7 @@ def main(argv: Sequence[str]) -> None:
             found = trial(args.trial, config, args.steps, args.samples)
         print(json.dumps(found))
         return
+    report.leave_memory()
     os.environ.setdefault(aot.SKIP_CHECK, "1")  # before JAX starts, so that it can compile for a GPU that is not here
     on_gpu, size = jax.default_backend() == "gpu", f"{config.sampling.width} x {config.sampling.height}"
     if on_gpu or args.tiny:

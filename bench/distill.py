@@ -7,15 +7,16 @@ whole run: counted floating-point operations over a stated rate, no measured tim
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from bench import report
+from bench.memory import GIGABYTE, image_tokens
 from flux_jax import aot
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.distill import mesh as meshes
@@ -26,8 +27,6 @@ from flux_jax.distill.options import Options
 from flux_jax.inputs import parse_size
 from flux_jax.parts import abstract_part, leaf_table
 from flux_jax.quantize import is_ternary
-
-GIGABYTE = 1e9
 
 
 def abstract(shape: Sequence[int], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -52,42 +51,41 @@ def memory(compiled: Any) -> dict[str, int]:
     return sizes | {"peak_bytes": sum(sizes.values())}
 
 
-def student_block(kind: str, config: FluxConfig, options: Options, rows: Any) -> tuple[Any, Any]:
-    """(graph, abstract parameters) of one block of `kind` ("double_blocks" or "single_blocks") as a student."""
+def block_training(
+    devices: jax.sharding.Mesh, kind: str, config: FluxConfig, options: Options, tokens: int, batch: int
+) -> tuple[BlockLoss, training.Plan, Any, dict[str, Any], jax.ShapeDtypeStruct]:
+    """(loss, plan, parameters, a batch, rope) of phase `blockwise` for one block; the last three are abstract.
+
+    kind: "double_blocks" or "single_blocks"; tokens: of the image; batch: points.
+    """
     stacked = getattr(abstract_part("transformer", config), kind)
+    rows, text, width = meshes.by_row(devices), config.sampling.max_sequence_length, config.transformer.hidden_size
 
     def one() -> nnx.Module:
         block = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), stacked)
         return student.student_of(block, f"{kind}.", options, rows=rows)
 
     graph, state = nnx.split(nnx.eval_shape(one))
-    return graph, nnx.to_pure_dict(state)
-
-
-def block_inputs(config: FluxConfig, tokens: int, batch: int, rows: Any, whole: Any) -> tuple[dict[str, Any], Any]:
-    """(a batch, rope) of phase `blockwise`, abstract; tokens: of the image."""
-    count, width = config.sampling.max_sequence_length + tokens, config.transformer.hidden_size
-    states, vec = (abstract((batch, *size), jnp.bfloat16, rows) for size in ((count, width), (width,)))
+    states, vec = (abstract((batch, *size), jnp.bfloat16, rows) for size in ((text + tokens, width), (width,)))
     inputs = dict.fromkeys(("student", "teacher", "target"), states) | {"vec": vec}
-    return inputs, abstract((2, count, config.transformer.head_dim // 2), jnp.float32, whole)
+    rope = abstract((2, text + tokens, config.transformer.head_dim // 2), jnp.float32, meshes.whole(devices))
+    plan = training.Plan.of(options, steps=options.block_steps, learning_rate=options.block_learning_rate, accumulate=1)
+    loss = BlockLoss(graph, text, image_only=False, dtype=jnp.dtype(jnp.bfloat16))
+    return loss, plan, nnx.to_pure_dict(state), inputs, rope
 
 
-def block_plan(options: Options) -> training.Plan:
-    return training.Plan.of(options, steps=options.block_steps, learning_rate=options.block_learning_rate, accumulate=1)
+def parameter_count(params: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
 def block_step(gpu: str, kind: str, config: FluxConfig, options: Options, tokens: int, batch: int) -> dict[str, Any]:
     """The figures of one step of phase `blockwise` on one GPU."""
     devices = aot.mesh(gpu, (1, 1), meshes.AXES)
-    rows, whole = meshes.by_row(devices), meshes.whole(devices)
-    graph, params = student_block(kind, config, options, rows)
-    loss = BlockLoss(graph, config.sampling.max_sequence_length, image_only=False, dtype=jnp.dtype(jnp.bfloat16))
-    compiled = compiled_step(
-        devices, loss, block_plan(options), params, *block_inputs(config, tokens, batch, rows, whole)
-    )
-    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+    loss, plan, params, inputs, rope = block_training(devices, kind, config, options, tokens, batch)
+    compiled = compiled_step(devices, loss, plan, params, inputs, rope)
     about = {"gpu": gpu, "devices": 1, "program": f"blockwise, {kind[:-1].replace('_', ' ')}", "batch": batch}
-    return about | {"parameters": count, "device_bytes": aot.target(gpu).memory_bytes} | memory(compiled)
+    sizes = {"parameters": parameter_count(params), "device_bytes": aot.target(gpu).memory_bytes}
+    return about | sizes | memory(compiled)
 
 
 def whole_step(gpu: str, config: FluxConfig, options: Options, tokens: int, count: int, batch: int) -> dict[str, Any]:
@@ -111,9 +109,9 @@ def whole_step(gpu: str, config: FluxConfig, options: Options, tokens: int, coun
     plan = training.Plan.of(options, steps=options.learning_steps)
     params = nnx.to_pure_dict(state)
     compiled = compiled_step(devices, VelocityLoss(graph, jnp.dtype(jnp.bfloat16)), plan, params, inputs, frozen)
-    total = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
     about = {"gpu": gpu, "devices": count, "program": "end to end", "batch": batch}
-    return about | {"parameters": total, "device_bytes": aot.target(gpu).memory_bytes} | memory(compiled)
+    sizes = {"parameters": parameter_count(params), "device_bytes": aot.target(gpu).memory_bytes}
+    return about | sizes | memory(compiled)
 
 
 def forward_flops(config: FluxConfig, tokens: int) -> float:
@@ -165,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     config = nano() if args.tiny else dev()
     width, height = args.size or (config.sampling.width, config.sampling.height)
-    tokens = (width // config.pixels_per_token) * (height // config.pixels_per_token)
+    tokens = image_tokens(config, width, height)
     options = Options(
         trajectories=1024,
         held_out=16,

@@ -8,8 +8,6 @@ whose peak is its own. What to expect without a GPU tells `bench.distill`.
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +18,11 @@ import numpy as np
 from jax.sharding import AxisType
 
 from bench import report, timing
-from bench.distill import block_inputs, block_plan, student_block
+from bench.distill import block_training, memory, parameter_count
+from bench.memory import GIGABYTE, image_tokens
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.distill import mesh as meshes
 from flux_jax.distill import training
-from flux_jax.distill.blockwise import BlockLoss
 from flux_jax.distill.options import Options
 from flux_jax.errors import UserError
 from flux_jax.inputs import parse_size
@@ -48,17 +46,12 @@ def random(tree: Any, spread: float, seed: int) -> Any:
 def trial(kind: str, config: FluxConfig, options: Options, tokens: int, steps: int) -> dict[str, Any]:
     """Runs the steps here: {parameters, compile_seconds, seconds, quartiles, peak_bytes, losses}."""
     one = jax.make_mesh((1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
-    rows, whole = meshes.by_row(one), meshes.whole(one)
-    graph, params = student_block(kind, config, options, rows)
-    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
-    plan = block_plan(options)
-    loss = BlockLoss(graph, config.sampling.max_sequence_length, image_only=False, dtype=jnp.dtype(jnp.bfloat16))
-    batch, rope = block_inputs(config, tokens, options.block_batch, rows, whole)
+    loss, plan, params, batch, rope = block_training(one, kind, config, options, tokens, options.block_batch)
     batch, rope = random(batch, 1.0, 1), random({"rope": rope}, 1.0, 2)["rope"]
     state = training.begin(plan, one, random(params, 0.6, 0))
     start = time.perf_counter()
     program = training.update.lower(loss, plan, one, state, batch, rope, np.int32(0)).compile()
-    compiled, planned, seconds, losses = time.perf_counter() - start, program.memory_analysis(), [], []
+    compiled, seconds, losses = time.perf_counter() - start, [], []
     for step in range(steps + 1):  # the first is not counted
         start = time.perf_counter()
         state, value, _ = jax.block_until_ready(program(state, batch, rope, np.int32(step)))
@@ -66,26 +59,14 @@ def trial(kind: str, config: FluxConfig, options: Options, tokens: int, steps: i
         losses.append(float(value))
     return {
         "block": kind.removesuffix("s"),
-        "parameters": count,
+        "parameters": parameter_count(params),
         "points": options.block_batch,
         "compile_seconds": compiled,
         **timing.summary(seconds[1:]),
         "peak_bytes": peak(jax.local_devices()[0]),
-        "planned_bytes": planned.argument_size_in_bytes + planned.temp_size_in_bytes,
+        "planned_bytes": memory(program)["peak_bytes"],
         "losses": [losses[0], losses[-1]],
     }
-
-
-def in_own_process(kind: str, words: Sequence[str]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.distill_steps", *words, "--kind", kind],
-        cwd=report.ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise UserError(f"{kind}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -99,23 +80,26 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if args.steps < 1 or args.block_batch < 1:
         raise UserError("--steps and --block-batch must be at least 1.")
-    report.has_gpu(args.tiny)
-    config = nano() if args.tiny else dev()
     if args.kind:
-        width, height = args.size or (config.sampling.width, config.sampling.height)
-        tokens = (width // config.pixels_per_token) * (height // config.pixels_per_token)
+        config = nano() if args.tiny else dev()
+        tokens = image_tokens(config, *(args.size or (config.sampling.width, config.sampling.height)))
         options = Options(block_steps=args.steps + 1, block_batch=args.block_batch)
         print(json.dumps(trial(args.kind, config, options, tokens, args.steps)))
         return
+    report.leave_memory()
+    report.has_gpu(args.tiny)
     rows = []
     for kind in KINDS:
         report.say(kind)
-        rows.append(in_own_process(kind, argv))
+        found = report.in_own_process("bench.distill_steps", [*argv, "--kind", kind])
+        if "failure" in found:
+            raise UserError(f"{kind}: {found['failure']}")
+        rows.append(found)
     cells = []
     for row in rows:
-        counted = row["peak_bytes"] and row["peak_bytes"] / 1e9
+        counted = row["peak_bytes"] and row["peak_bytes"] / GIGABYTE
         sizes = [row["points"], row["parameters"] / 1e6, row["seconds"], row["compile_seconds"]]
-        cells.append([row["block"], *sizes, counted, row["planned_bytes"] / 1e9, *row["losses"]])
+        cells.append([row["block"], *sizes, counted, row["planned_bytes"] / GIGABYTE, *row["losses"]])
     header = ["block", "points", "M weights", "s a step", "s to compile", "peak GB", "planned GB", "first loss", "last"]
     print(report.table(header, cells))
     report.finish("distill_steps", {"steps": args.steps, "blocks": rows}, save=args.save)

@@ -82,6 +82,11 @@ def measure(gpu: str, weights: str, config: FluxConfig, steps: int, tokens: int)
     }
 
 
+def image_tokens(config: FluxConfig, width: int, height: int) -> int:
+    """Of a picture of so many pixels."""
+    return (width // config.pixels_per_token) * (height // config.pixels_per_token)
+
+
 def leaf_bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
@@ -145,7 +150,7 @@ def main(argv: Sequence[str]) -> None:
     args = options(argv)
     config = nano() if args.tiny else dev()
     width, height = args.size or (config.sampling.width, config.sampling.height)
-    tokens = (width // config.pixels_per_token) * (height // config.pixels_per_token)
+    tokens = image_tokens(config, width, height)
     rows = []
     for gpu in args.gpus:
         for weights in args.weights:

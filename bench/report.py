@@ -9,6 +9,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -112,6 +113,20 @@ def has_gpu(tiny: bool) -> bool:
     if not found and not tiny:
         raise UserError("JAX finds no GPU, and the time of a CPU would say nothing: add --tiny to try the program")
     return found
+
+
+def in_own_process(module: str, words: Sequence[str]) -> dict[str, Any]:
+    """The JSON object that `python -m MODULE WORDS` prints last; {"failure": its last words} where it failed."""
+    done = subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.strip().splitlines()
+        return {"failure": (lines or [f"exit status {done.returncode}"])[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def leave_memory() -> None:
+    """Before JAX starts in a process that only starts others: they find the GPU's memory free."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def finish(name: str, figures: dict[str, Any], *, save: Path | None = None, on: str | None = None) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def test_denoise_reports_each_trial_and_what_failed(capsys, monkeypatch, tmp_pat
             return types.SimpleNamespace(returncode=2, stdout="", stderr=answer["failure"] + "\n")
         return types.SimpleNamespace(returncode=0, stdout=json.dumps(answer) + "\n", stderr="")
 
-    monkeypatch.setattr(denoise.subprocess, "run", process)
+    monkeypatch.setattr(report.subprocess, "run", process)
     monkeypatch.setattr(denoise, "report", types.SimpleNamespace(**vars(report) | {"finish": lambda *_, **__: None}))
     monkeypatch.setattr(denoise.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(denoise, "chart", lambda path, title, found: path.write_text(title))
