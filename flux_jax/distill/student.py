@@ -9,6 +9,7 @@ gradient passes the rounding unchanged (straight-through estimator, arXiv 1308.3
 as they stand. s is kept as its logarithm: it stays positive, and a step of Adam changes it by a share of itself.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,7 @@ class LatentLinear(nnx.Module):
         return y if self.rows is None else jax.lax.with_sharding_constraint(y, self.rows)
 
 
+@functools.partial(jax.jit, static_argnames="options")
 def initial(
     weight: Float[Array, "*l n k"], options: Options, second_moment: Float[Array, " k"] | None = None
 ) -> tuple[Float[Array, "*l n k"], Float[Array, "*l m"]]:

@@ -1,9 +1,12 @@
 """Whole distillations of a tiny teacher: the exported student is the trained one, a killed run ends with the same bits,
-and whatever cannot be done is one sentence."""
+two processes learn what one learns, and whatever cannot be done is one sentence."""
 
 import dataclasses
 import errno
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -73,6 +76,36 @@ def test_killed_in_every_phase_and_in_a_save_it_ends_with_the_same_bits(folder, 
     assert sorted(steps[0]) == sorted(steps[1])  # no line twice, none lost
 
 
+def losses(out: Path) -> dict[tuple[str, int], float]:
+    rows = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+    return {(row["phase"], row["step"]): row["loss"] for row in rows}
+
+
+def test_two_processes_learn_what_one_learns_and_one_writes_it(folder, whole):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    several = ["--mesh", "fsdp=2", "--coordinator", address, "--processes", "2"]
+    command = [sys.executable, "-m", "flux_jax.distill", *words(folder, "pair"), *several, "--process"]
+    started = [
+        subprocess.Popen([*command, str(i)], env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for i in range(2)
+    ]
+    try:
+        ended = [process.communicate(timeout=900) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], ended
+    assert [b"held_out_loss" in out for out, _ in ended] == [True, False]  # one result, not two
+    assert not (folder / "pair").exists()
+    written = tiny.run(words(folder, "pair"))
+    assert written.returncode == 0, written.stderr
+    one, two = losses(whole[0]), losses(folder / "pair")
+    assert one.keys() == two.keys()
+    np.testing.assert_allclose([two[line] for line in one], list(one.values()), rtol=5e-3)
+
+
 def test_what_is_told_about_a_run(folder, whole):
     out, done = whole
     last = json.loads(done.stdout.splitlines()[-1])
@@ -100,7 +133,7 @@ def test_the_packed_student_gives_the_velocity_of_the_trained_one(folder, tmp_pa
     """With int8 activations, and one scale a matrix."""
     options = dataclasses.replace(
         tiny.OPTIONS, phases="end_to_end", activations="int8", scales="tensor", accumulate=2, timesteps="error",
-        learning_steps=3,
+        learning_steps=3, own_trajectories=0,
     )  # fmt: skip
     work = prepare(folder / "teacher", tmp_path / "out.run", tiny.PROMPTS, options, None)
     graph, params, about = teach(work)
