@@ -2,7 +2,7 @@
 
 In: names of GPUs, a size, batches. Out: for each GPU the peak bytes of a blockwise step of a block of each kind as XLA
 compiled it ahead of time, the same of an end-to-end step sharded over eight of the last GPU, and the GPU hours of a
-whole run: counted floating-point operations over a stated rate, no measured time. Needs the extra `aot`.
+whole run with `--large`: counted floating-point operations over a stated rate, no measured time. Needs the extra `aot`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from flux_jax.distill import mesh as meshes
 from flux_jax.distill import student, training
 from flux_jax.distill.blockwise import BlockLoss
 from flux_jax.distill.end_to_end import OWN_ROUNDS, VelocityLoss
-from flux_jax.distill.options import Options
+from flux_jax.distill.options import LARGE, Options
 from flux_jax.inputs import parse_size
 from flux_jax.parts import abstract_part, leaf_table
 from flux_jax.quantize import is_ternary
@@ -164,16 +164,7 @@ def main(argv: Sequence[str]) -> None:
     config = nano() if args.tiny else dev()
     width, height = args.size or (config.sampling.width, config.sampling.height)
     tokens = image_tokens(config, width, height)
-    options = Options(
-        trajectories=1024,
-        held_out=16,
-        block_steps=1000,
-        block_points=4096,
-        block_batch=16,
-        learning_steps=2000,
-        own_trajectories=128,
-        batch=16,
-    )
+    options = Options(**LARGE)
     rows = []
     for gpu in args.gpus:
         for kind in ("double_blocks", "single_blocks"):

@@ -2,6 +2,7 @@
 
     python -m flux_jax.distill TEACHER OUT --prompts FILE...            (killed at any moment: the same command goes on)
     python -m flux_jax.distill nano-bf16 OUT --prompts FILE... --quick  (FLUX-nano on two cores in minutes)
+    python -m flux_jax.distill TEACHER OUT --prompts FILE... --large    (FLUX.1-dev on 80 GB cards)
 
 TEACHER is a checkpoint's folder or alias, OUT the ternary checkpoint. OUT.run keeps trajectories, training states,
 metrics and their curve; it may be deleted afterwards. The last line on stdout is a JSON object: held-out losses.
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from flux_jax import prompts
 from flux_jax.cli import Parser
-from flux_jax.distill.options import QUICK, Options
+from flux_jax.distill.options import LARGE, QUICK, Options
 from flux_jax.errors import UserError
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         given = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
-        options = Options(**((QUICK if args.quick else {}) | given))
+        options = Options(**((QUICK if args.quick else LARGE if args.large else {}) | given))
         texts = prompts.read_all(args.prompts)
         connect(args, options)
         from flux_jax import cache
@@ -82,7 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("teacher", metavar="TEACHER")
     add("out", type=Path, metavar="OUT")
     add("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help=".txt, .jsonl or .tsv files")
-    add("--quick", action="store_true", help="short phases: " + ", ".join(f"{k} {v}" for k, v in QUICK.items()))
+    sets = parser.add_mutually_exclusive_group()
+    for flag, about, values in (("--quick", "short phases", QUICK), ("--large", "for FLUX.1-dev's size", LARGE)):
+        told = ", ".join(f"{name} {value}" for name, value in values.items())
+        sets.add_argument(flag, action="store_true", help=f"{about}: {told}")
     add("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
     add("--mesh", metavar="data=N,fsdp=M", help="devices along each axis (default: all along data)")
     add("--coordinator", metavar="HOST:PORT", help="several processes: where the first one listens")

@@ -122,3 +122,15 @@ QUICK: dict[str, Any] = {  # what --quick sets where no flag says otherwise: FLU
     "save_every": 150,
     "log_every": 20,
 }
+
+LARGE: dict[str, Any] = {  # what --large sets where no flag says otherwise: FLUX.1-dev in half a day of an H100's time
+    "trajectories": 1024,
+    "held_out": 16,
+    "block_steps": 1000,
+    "block_points": 1024,
+    "block_batch": 16,
+    "learning_steps": 2000,
+    "own_trajectories": 128,
+    "batch": 16,
+    "rematerialise": True,
+}

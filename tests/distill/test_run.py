@@ -219,6 +219,8 @@ REFUSED = {
     "no ternary modulation": (["--no-modulation"], "--no-modulation"),
     "a size of no whole tokens": (["--height", "33"], "33"),
     "one process of several": (["--processes", "2"], "--coordinator"),
+    "two settings": (["--quick", "--large"], "not allowed with"),
+    "a large model's batch that does not divide": (["--large", "--accumulate", "3"], "--batch 16"),
 }
 
 
