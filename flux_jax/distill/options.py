@@ -58,11 +58,14 @@ class Options:
     )
     batch: int = option(32, "points of a step of phase end_to_end")
     accumulate: int = option(1, "parts that a batch is worked on in, for want of memory")
-    learning_rate: float = option(6e-3, "of latent weights")
+    learning_rate: float = option(4e-3, "of latent weights")
     scale_rate: float = option(0.3, "learning rate of scales, as a share of the latents' and of the scale itself")
     rest_rate: float = option(0.1, "learning rate of what stays floating, as a share of the latents'")
     warmup: float = option(0.02, "first share of a phase's steps, over which learning rates rise")
-    decay: float = option(0.5, "last share of a phase's steps, over which they fall to zero")
+    decay: float = option(1.0, "last share of a phase's steps, over which they fall to zero")
+    decay_power: float = option(
+        2.0, "they fall as this power of what is left of it; 1: in a line (a small rate flips few codes)"
+    )
     ema: float = option(0.995, "decay of the running mean of the weights, which is what is kept")
     timesteps: Literal["uniform", "step", "error"] = option(
         "uniform",
@@ -95,7 +98,7 @@ class Options:
         least = dict.fromkeys(("trajectories", "held_out", "block_points", "block_batch", "batch", "accumulate"), 1)
         least |= dict.fromkeys(("save_every", "log_every", "block_steps", "learning_steps"), 1)
         least |= dict.fromkeys(("seed", "steps", "height", "width", "max_skipped", "ema", "own_trajectories"), 0)
-        least |= dict.fromkeys(("learning_rate", "block_learning_rate", "scale_rate", "rest_rate"), 0)
+        least |= dict.fromkeys(("learning_rate", "block_learning_rate", "scale_rate", "rest_rate", "decay_power"), 0)
         most = {"warmup": 1, "decay": 1, "ema": 1, "seed": 2**32 - 1}
         for name in least.keys() | most.keys():
             low, high = least.get(name, 0), most.get(name, float("inf"))
@@ -118,6 +121,7 @@ QUICK: dict[str, Any] = {  # what --quick sets where no flag says otherwise: FLU
     "learning_steps": 260,
     "own_trajectories": 0,
     "batch": 32,
+    "learning_rate": 6e-3,
     "ema": 0.97,
     "save_every": 150,
     "log_every": 20,

@@ -42,6 +42,7 @@ class Plan:
     rest_rate: float
     warmup: float
     decay: float
+    decay_power: float
     ema: float
 
     @classmethod
@@ -58,9 +59,14 @@ def kind(path: tuple) -> str:
 
 
 def schedule(plan: Plan) -> Callable[[Any], Any]:
-    """Share of the learning rate at a step: rises linearly, stays, falls linearly to zero."""
+    """Share of the learning rate at a step: rises linearly, stays, falls to zero as a power of what is left."""
     rise, fall = max(1.0, plan.warmup * plan.steps), max(1.0, plan.decay * plan.steps)
-    return lambda step: jnp.clip(jnp.minimum((step + 1) / rise, (plan.steps - step) / fall), 0.0, 1.0)
+
+    def share(step):
+        left = jnp.clip((plan.steps - step) / fall, 0.0, 1.0)
+        return jnp.minimum((step + 1) / rise, left**plan.decay_power)
+
+    return share
 
 
 def optimizer(plan: Plan):

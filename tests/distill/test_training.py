@@ -118,7 +118,8 @@ def test_bf16_latents_move_by_less_than_they_resolve():
 
 
 def test_schedule_rises_stays_and_falls():
-    plan = Plan.of(OPTIONS, steps=100, warmup=0.1, decay=0.5)
-    share = [float(schedule(plan)(step)) for step in range(101)]
-    assert share[0] == pytest.approx(0.1) and share[9] == share[50] == 1 and share[75] == pytest.approx(0.5)
-    assert share[100] == 0
+    for power, after_half in ((1.0, 0.5), (2.0, 0.25)):
+        plan = Plan.of(OPTIONS, steps=100, warmup=0.1, decay=0.5, decay_power=power)
+        share = [float(schedule(plan)(step)) for step in range(101)]
+        assert share[0] == pytest.approx(0.1) and share[9] == share[50] == 1 and share[100] == 0
+        assert share[75] == pytest.approx(after_half)
