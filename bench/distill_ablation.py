@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half at the student's own points": {"own_trajectories": 128},
     "floats stay frozen": {"train_rest": False},
     "int8 activations": {"activations": "int8"},
+    "learning rate falls in a line": {"decay": 0.5, "decay_power": 1.0},
 }
 
 
