@@ -138,8 +138,8 @@ def hours(config: FluxConfig, options: Options, tokens: int, rate: float) -> lis
         "held-out losses": 3 * options.held_out * steps,
         "blockwise: states": 2 * options.block_points,
         "blockwise: training": 3 * options.block_steps * options.block_batch,
-        "student's own trajectories": 2 * OWN_ROUNDS * options.own_trajectories * steps,
-        "end to end": 4 * options.learning_steps * options.batch,
+        "student's own trajectories": 2 * (OWN_ROUNDS + 1) * options.own_trajectories * steps,
+        "end to end": 4 * (options.learning_steps + options.settle_steps) * options.batch,
     }
     rows = [{"phase": phase, "forwards": count, "flop": count * forward} for phase, count in passes.items()]
     rows.append({"phase": "all", "forwards": sum(passes.values()), "flop": sum(row["flop"] for row in rows)})

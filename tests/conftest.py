@@ -19,8 +19,8 @@ os.environ["MPLBACKEND"] = "agg"
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the time goes into compiling, and the same tiny models come again and again. A cache for each worker, and for the
-# processes that its tests start one by one: JAX's files are no safe meeting place for two that write.
+# Most of the time goes into compiling, and the same tiny models come again and again. A cache for each worker, and for
+# the processes that its tests start one by one: JAX's files are no safe meeting place for two that write.
 jax.config.update("jax_compilation_cache_dir", os.path.join(CACHE.name, "flux_jax", "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

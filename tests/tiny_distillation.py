@@ -19,7 +19,7 @@ PROMPTS = [f"{n} {a} {shape} and {m} {b} {other}" for n in ("a", "two") for m in
            for b in ("green", "red") for shape in ("circle", "square") for other in ("triangle", "circle")]  # fmt: skip
 OPTIONS = Options(
     trajectories=8, held_out=4, block_steps=4, block_points=12, block_batch=4, learning_steps=6, batch=4,
-    own_trajectories=4, save_every=2, log_every=2, products="float32",
+    settle_steps=3, own_trajectories=4, save_every=2, log_every=2, products="float32",
 )  # fmt: skip
 
 

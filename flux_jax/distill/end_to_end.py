@@ -3,6 +3,10 @@
 In: arrays of each block (rounded, or from phase `blockwise`), points of the teacher's trajectories; the student samples
 further ones. Out: parameters of the student (a dict tree, cut over the mesh), and its velocity's mean squared error at
 each noise level.
+
+The phase ends with steps in which the codes stay as they are. Before, latents come to rest at the thresholds between
+codes, where every step flips some, however small it is (arXiv 2203.11086): scales and all other floats learn among
+noise. With the codes still, they learn without it.
 """
 
 import bisect
@@ -27,7 +31,7 @@ from flux_jax.models.transformer import Transformer
 from flux_jax.parts import abstract_part, assemble
 
 Read = Callable[[list[str]], Mapping[str, np.ndarray]]
-OWN_ROUNDS = 3  # times that the student samples trajectories of its own, at equal distances
+OWN_ROUNDS = 3  # times that the student samples trajectories of its own, at equal distances, before it settles
 UNROLLED = 8  # so many blocks compile in seconds without a scan, and a step then takes a quarter less time on a CPU
 
 
@@ -108,6 +112,30 @@ class VelocityLoss:
         return jnp.square(velocity(self.graph, self.dtype, params, batch, frozen) - batch["velocity"]).mean()
 
 
+@dataclasses.dataclass(frozen=True)
+class SettledLoss:
+    """The same as a function of all parameters but the latents, which are in `frozen`."""
+
+    loss: VelocityLoss
+
+    def __call__(self, params: Any, batch: dict, frozen: Any) -> Float[Array, ""]:
+        return self.loss(joined(frozen["latents"], params), batch, frozen)
+
+
+def parted(params: Any) -> tuple[Any, Any]:
+    """(latents, everything else) of a student's parameters, each a dict tree."""
+    flat = nnx.to_flat_state(nnx.State(params))
+    parts = ([item for item in flat if (item[0][-1] == "latent") == wanted] for wanted in (True, False))
+    latents, rest = (nnx.to_pure_dict(nnx.from_flat_state(part)) for part in parts)
+    return latents, rest
+
+
+def joined(latents: Any, rest: Any) -> Any:
+    """What `parted` took apart."""
+    flat = [item for part in (latents, rest) for item in nnx.to_flat_state(nnx.State(part))]
+    return nnx.to_pure_dict(nnx.from_flat_state(flat))
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "dtype"))
 def errors(graph, dtype, params: Any, batch: dict, frozen: Any) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     """Of each point: the mean squared error of the velocity, and the mean square of the teacher's."""
@@ -149,21 +177,35 @@ def shares(work: Workspace, by_step: list[float]) -> np.ndarray | None:
 
 def train(work: Workspace, graph: Any, params: Any, trajectories: Trajectories, by_step: list[float]) -> Any:
     """Phase `end_to_end`; returns the parameters' running mean."""
+    options, given = work.options, frozen(work)
     points = Points(work, graph, trajectories, shares(work, by_step))
-    plan = Plan.of(work.options, steps=work.options.learning_steps)
-    fit = Fit(work.folder / "end_to_end", "end_to_end", plan, work.options, work.mesh, work.metrics)
-    return fit.run(VelocityLoss(graph, work.dtype), params, points, frozen(work), points.starts)
+    plan = Plan.of(options, steps=options.learning_steps)
+    fit = Fit(work.folder / "end_to_end", "end_to_end", plan, options, work.mesh, work.metrics)
+    loss = VelocityLoss(graph, work.dtype)
+    mean = fit.run(loss, params, points, given, points.starts)
+    if not options.settle_steps:
+        return mean
+    latents, rest = parted(mean)
+    plan = Plan.of(options, steps=options.settle_steps, learning_rate=options.settle_rate)
+    fit = Fit(work.folder / "settle", "settle", plan, options, work.mesh, work.metrics)
+
+    def batches(step: int, rest: Any) -> dict[str, np.ndarray]:
+        return points(options.learning_steps + step, joined(latents, rest))
+
+    return joined(latents, fit.run(SettledLoss(loss), rest, batches, given | {"latents": latents}))
 
 
 class Points:
-    """Batches of phase `end_to_end`: the teacher's trajectories, and from the first of `starts` on, in equal parts, the
-    student's own (none in a batch of one point); these are sampled anew by the running mean of its weights at each of
-    `starts`."""
+    """Batches of phase `end_to_end`, the settling steps counted on: the teacher's trajectories, and from the first of
+    `starts` on, in equal parts, the student's own (none in a batch of one point); these are sampled anew by the running
+    mean of its weights at each of `starts`."""
 
     def __init__(self, work: Workspace, graph: Any, trajectories: Trajectories, drawn: np.ndarray | None):
         self.work, self.graph, self.trajectories, self.drawn = work, graph, trajectories, drawn
-        rounds = OWN_ROUNDS if work.options.own_trajectories and work.options.batch > 1 else 0
-        self.starts = [work.options.learning_steps * (i + 1) // (rounds + 1) for i in range(rounds)]
+        steps, own = work.options.learning_steps, work.options.own_trajectories and work.options.batch > 1
+        self.starts = [steps * (i + 1) // (OWN_ROUNDS + 1) for i in range(OWN_ROUNDS)] if own else []
+        if own and work.options.settle_steps:
+            self.starts.append(steps)
         self.round = 0
         self.own: Trajectories | None = None
 

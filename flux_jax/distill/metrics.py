@@ -54,7 +54,7 @@ class Metrics:
         rows = [row for row in self.rows() if row.get("loss") is not None]
         phases = list(dict.fromkeys(row["phase"] for row in rows))
         blocks = [phase for phase in phases if phase.startswith("blockwise ")]
-        groups = {"blockwise": blocks, "end_to_end": ["end_to_end"], "held_out": ["held_out"]}
+        groups = {"blockwise": blocks, "end_to_end": ["end_to_end", "settle"], "held_out": ["held_out"]}
         shown = {title: names for title, names in groups.items() if set(names) & set(phases)}
         if jax.process_index() > 0 or not shown:
             return
@@ -67,6 +67,6 @@ class Metrics:
                 axes.plot(places, [row["loss"] for row in chosen], marker="o" * (title == "held_out"), label=label)
             axes.set(title=title, ylabel="loss", yscale="log", xlabel="after" if title == "held_out" else "step")
             axes.grid(alpha=0.3)
-            if title == "blockwise" and len(names) <= 12:
+            if title != "held_out" and len(names) <= 12:
                 axes.legend(fontsize=7)
         figure.savefig(self.folder / "curve.png", dpi=100)

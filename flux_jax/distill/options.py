@@ -51,14 +51,18 @@ class Options:
     block_batch: int = option(64, "points of a step")
     block_learning_rate: float = option(1e-2, "of latent weights")
     learning_steps: int = option(10000, "steps of phase end_to_end")
+    settle_steps: int = option(
+        3000, "further steps of phase end_to_end, in which codes stay as they are and all floats learn; 0: none"
+    )
     own_trajectories: int = option(
         1024,
-        "trajectories that the student samples itself, anew at each quarter of phase end_to_end: half of a batch's"
-        " points are then theirs, and the teacher's velocity there is learned; 0: none",
+        "trajectories that the student samples itself, anew at each quarter of phase end_to_end and before it settles:"
+        " half of a batch's points are then theirs, and the teacher's velocity there is learned; 0: none",
     )
     batch: int = option(32, "points of a step of phase end_to_end")
     accumulate: int = option(1, "parts that a batch is worked on in, for want of memory")
     learning_rate: float = option(4e-3, "of latent weights")
+    settle_rate: float = option(5e-3, "in place of it in the settling steps, for the two shares that follow")
     scale_rate: float = option(0.3, "learning rate of scales, as a share of the latents' and of the scale itself")
     rest_rate: float = option(0.1, "learning rate of what stays floating, as a share of the latents'")
     warmup: float = option(0.02, "first share of a phase's steps, over which learning rates rise")
@@ -97,8 +101,9 @@ class Options:
             raise UserError(f"--phases must name each phase once and in order: {','.join(PHASES)}.")
         least = dict.fromkeys(("trajectories", "held_out", "block_points", "block_batch", "batch", "accumulate"), 1)
         least |= dict.fromkeys(("save_every", "log_every", "block_steps", "learning_steps"), 1)
-        least |= dict.fromkeys(("seed", "steps", "height", "width", "max_skipped", "ema", "own_trajectories"), 0)
-        least |= dict.fromkeys(("learning_rate", "block_learning_rate", "scale_rate", "rest_rate", "decay_power"), 0)
+        least |= dict.fromkeys(("seed", "steps", "height", "width", "max_skipped", "ema", "decay_power"), 0)
+        least |= dict.fromkeys(("own_trajectories", "settle_steps"), 0)
+        least |= dict.fromkeys(("learning_rate", "block_learning_rate", "settle_rate", "scale_rate", "rest_rate"), 0)
         most = {"warmup": 1, "decay": 1, "ema": 1, "seed": 2**32 - 1}
         for name in least.keys() | most.keys():
             low, high = least.get(name, 0), most.get(name, float("inf"))
@@ -119,6 +124,7 @@ QUICK: dict[str, Any] = {  # what --quick sets where no flag says otherwise: FLU
     "block_points": 1024,
     "block_batch": 32,
     "learning_steps": 260,
+    "settle_steps": 60,
     "own_trajectories": 0,
     "batch": 32,
     "learning_rate": 6e-3,
@@ -133,7 +139,8 @@ LARGE: dict[str, Any] = {  # what --large sets where no flag says otherwise: FLU
     "block_steps": 1000,
     "block_points": 1024,
     "block_batch": 16,
-    "learning_steps": 2000,
+    "learning_steps": 1600,
+    "settle_steps": 400,
     "own_trajectories": 128,
     "batch": 16,
     "rematerialise": True,

@@ -58,8 +58,8 @@ def whole(folder):
 
 def test_killed_in_every_phase_and_in_a_save_it_ends_with_the_same_bits(folder, whole):
     """Killed while trajectories are written, while a block learns, while Orbax gives a save its name (in both phases),
-    in the middle of phase end_to_end, and while the student's own trajectories are written."""
-    for die in (("store", 2), ("step", 3), ("orbax", 2), ("step", 7), ("store", 2), ("orbax", 2)):
+    in the middle of phase end_to_end, while the student's own trajectories are written, and while it settles."""
+    for die in (("store", 2), ("step", 3), ("orbax", 2), ("step", 7), ("store", 2), ("orbax", 2), ("step", 5)):
         killed = tiny.run(words(folder, "killed"), die=die)
         assert killed.returncode == -9, (die, killed.stderr)
         assert not (folder / "killed").exists()
@@ -111,14 +111,16 @@ def test_what_is_told_about_a_run(folder, whole):
     last = json.loads(done.stdout.splitlines()[-1])
     told = checkpoint.Checkpoint.open(out).manifest["quantization"]
     assert told["distilled"] is True and told["activations"] == "bf16" and told["method"] == "least-squares"
-    assert told["phases"] == {"blockwise": tiny.OPTIONS.block_steps, "end_to_end": tiny.OPTIONS.learning_steps}
+    last_phase = tiny.OPTIONS.learning_steps + tiny.OPTIONS.settle_steps
+    assert told["phases"] == {"blockwise": tiny.OPTIONS.block_steps, "end_to_end": last_phase}
     assert Options(**told["options"]) == tiny.OPTIONS
     training, apart = split(tiny.PROMPTS)
     assert told["prompts"]["training"] == len(training) and told["prompts"]["held_out"] == len(apart)
     assert last["held_out_loss"] == told["held_out_loss"]
     assert set(told["held_out_loss"]) == {"rounding", "blockwise", "end_to_end"}
     rows = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
-    assert {row["phase"] for row in rows} == {*(f"blockwise {name}" for name in PHASES), "end_to_end", "held_out"}
+    blocks = {f"blockwise {name}" for name in PHASES}
+    assert {row["phase"] for row in rows} == blocks | {"end_to_end", "settle", "held_out"}
     assert [row["after"] for row in rows if row["phase"] == "held_out"] == ["rounding", "blockwise", "end_to_end"]
     assert "end_to_end" in done.stderr  # the progress bar
     teacher = checkpoint.Checkpoint.open(folder / "teacher")
@@ -177,6 +179,22 @@ def test_trajectories_are_the_pipelines(folder, tmp_path):
         assert np.abs(end - x[0]).max() > 0.5
 
 
+def test_while_the_student_settles_no_code_flips_and_all_floats_learn(folder, tmp_path):
+    options = dataclasses.replace(tiny.OPTIONS, dtype="float32", phases="end_to_end", own_trajectories=0)
+    means = []
+    for steps in (0, tiny.OPTIONS.settle_steps):
+        changed = dataclasses.replace(options, settle_steps=steps)
+        work = prepare(folder / "teacher", tmp_path / f"settle-{steps}", tiny.PROMPTS, changed, None)
+        graph, params = end_to_end.build(work, end_to_end.rounded(work))
+        theirs = load_or_make(work, "trajectories", work.training, options.trajectories)
+        means.append(end_to_end.train(work, graph, params, theirs, []))
+    for (path, before), after in zip(
+        jax.tree_util.tree_leaves_with_path(means[0]), jax.tree.leaves(means[1]), strict=True
+    ):
+        same = bool((before == after).all())
+        assert same == (path[-1].key == "latent"), path
+
+
 def test_on_its_own_way_the_student_learns_the_teachers_velocity(folder, tmp_path):
     """Points of own trajectories: the student's Euler steps lead from one to the next, the velocity is the teacher's.
     They are half of a batch from their first round on, and each round has its own noise."""
@@ -185,7 +203,7 @@ def test_on_its_own_way_the_student_learns_the_teachers_velocity(folder, tmp_pat
     graph, params = end_to_end.build(work, end_to_end.rounded(work))
     theirs = load_or_make(work, "trajectories", work.training, options.trajectories)
     points = end_to_end.Points(work, graph, theirs, None)
-    assert points.starts == [2, 4, 6]
+    assert points.starts == [2, 4, 6, 8]
     alone = points(1, None)
     drawn = theirs.points(*theirs.draw(options.seed, 1_000_000, 1, options.batch, None))
     jax.tree.map(np.testing.assert_array_equal, alone, drawn)
