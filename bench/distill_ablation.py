@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "floats stay frozen": {"train_rest": False},
     "int8 activations": {"activations": "int8"},
     "learning rate falls in a line": {"decay": 0.5, "decay_power": 1.0},
+    "codes never settle": {"learning_steps": QUICK["learning_steps"] + QUICK["settle_steps"], "settle_steps": 0},
 }
 
 
@@ -36,7 +37,7 @@ def variant(base: Options, own: dict[str, Any]) -> Options:
     """The options of a variant; one phase alone takes as much work as both do."""
     made = dataclasses.replace(base, **own)
     if made.phases == "blockwise":
-        extra = round(base.learning_steps * base.batch / base.block_batch)
+        extra = round((base.learning_steps + base.settle_steps) * base.batch / base.block_batch)
         made = dataclasses.replace(made, block_steps=base.block_steps + extra)
     if made.phases == "end_to_end":
         extra = round(base.block_steps * base.block_batch / base.batch)
