@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flux_jax.errors import UserError
+
 HEAD = """\
 # FLUX-nano
 
@@ -61,7 +63,7 @@ def card(run: Path, evaluation: Path | None = None) -> str:
             columns = [phase, recipe["steps"], recipe["batch"], recipe["seed"], result]
             lines += [f"| {' | '.join(map(str, columns))} |"]
     if evaluation is not None:
-        lines += ["", "## Score", "", *scores(read(evaluation / "summary.json"))]
+        lines += ["", "## Score", "", *scores(summary(evaluation))]
     return "\n".join(lines) + "\n"
 
 
@@ -77,7 +79,7 @@ def student_card(quantization: dict[str, Any], evaluation: Path | None = None) -
     errors = ", ".join(f"{error:.4f} after {name}" for name, error in after.items())
     lines += ["", f"Squared error of the velocity on held-out captions, over the velocity's mean square: {errors}."]
     if evaluation is not None:
-        lines += ["", "## Score", "", *scores(read(evaluation / "summary.json"))]
+        lines += ["", "## Score", "", *scores(summary(evaluation))]
     return text + "\n".join(lines) + "\n"
 
 
@@ -96,6 +98,15 @@ def scores(summary: dict[str, Any]) -> list[str]:
         "|---|---|---|",
         *(f"| {n} | {e['score']:.3f} | {e['interval'][0]:.3f} to {e['interval'][1]:.3f} |" for n, e in entries.items()),
     ]
+
+
+def summary(evaluation: Path) -> dict[str, Any]:
+    """What `flux_jax.evaluate` found. UserError where it is not finished."""
+    if not (evaluation / "summary.json").exists():
+        raise UserError(
+            f"{evaluation} holds no finished evaluation: run python -m flux_jax.evaluate nano --out {evaluation} first."
+        )
+    return read(evaluation / "summary.json")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
     tokenizers(run, config)
     phase = "guidance" if (run / "guidance").exists() else "flow"
     networks, encoders = trained(run, phase, config), trained(run, "text", config).encoders
+    text = card(run, evaluation)
     parts = {"transformer": networks.transformer, "t5": encoders.t5, "clip": encoders.clip, "vae": vae}
     parts = {name: jax.tree.map(lambda x: x.astype(jnp.bfloat16), module) for name, module in parts.items()}
     checkpoint.save(
@@ -104,13 +105,14 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
             if (run / name / file).exists():
                 (out / "training" / name).mkdir(parents=True, exist_ok=True)
                 shutil.copy(run / name / file, out / "training" / name / file)
-    finish(out, card(run, evaluation), evaluation)
+    finish(out, text, evaluation)
 
 
 def export_student(student: Path, out: Path, evaluation: Path | None = None, overwrite: bool = False) -> None:
     """A copy of the student's checkpoint with its card, whole or not at all; `out` may be the student itself. UserError
     where `student` was not distilled, or `out` is in the way."""
-    quantization = checkpoint.Checkpoint.open(student).manifest["quantization"]
+    stored = checkpoint.Checkpoint.open(student)
+    quantization = stored.manifest["quantization"]
     if not (quantization and quantization["distilled"]):
         raise UserError(f"{student} is no student of flux_jax.distill.")
     if out.exists() and not (overwrite and checkpoint.is_checkpoint(out)):
@@ -118,7 +120,7 @@ def export_student(student: Path, out: Path, evaluation: Path | None = None, ove
     working = storage.working_name(out)
     storage.begin(working)
     try:
-        shutil.copytree(student, working, dirs_exist_ok=True)
+        shutil.copytree(stored.directory, working, dirs_exist_ok=True)
         finish(working, student_card(quantization, evaluation), evaluation)
         storage.publish(working, out)
     finally:

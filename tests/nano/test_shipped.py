@@ -71,7 +71,9 @@ def test_a_student_is_exported_whole_also_in_its_own_place(tmp_path):
 def test_only_a_student_ships_as_one(tmp_path, capsys):
     assert main(["student", "nano-bf16", str(tmp_path / "out")]) == 2
     assert "no student of flux_jax.distill" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert main(["student", "nano-1.58bit", str(tmp_path / "out"), "--evaluation", str(tmp_path)]) == 2
+    assert "no finished evaluation" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("model", MODELS)
