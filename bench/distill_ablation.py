@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half at the student's own points": {"own_trajectories": 128},
     "floats stay frozen": {"train_rest": False},
     "int8 activations": {"activations": "int8"},
-    "learning rate falls in a line": {"decay": 0.5, "decay_power": 1.0},
+    "learning rate falls as a square": {"decay": 1.0, "decay_power": 2.0},
     "codes never settle": {"learning_steps": QUICK["learning_steps"] + QUICK["settle_steps"], "settle_steps": 0},
 }
 

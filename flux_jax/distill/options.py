@@ -128,6 +128,8 @@ QUICK: dict[str, Any] = {  # what --quick sets where no flag says otherwise: FLU
     "own_trajectories": 0,
     "batch": 32,
     "learning_rate": 6e-3,
+    "decay": 0.5,  # so few steps need a high rate for longer
+    "decay_power": 1.0,
     "ema": 0.97,
     "save_every": 150,
     "log_every": 20,
