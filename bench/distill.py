@@ -22,7 +22,7 @@ from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.distill import mesh as meshes
 from flux_jax.distill import student, training
 from flux_jax.distill.blockwise import BlockLoss
-from flux_jax.distill.end_to_end import OWN_ROUNDS, VelocityLoss
+from flux_jax.distill.end_to_end import VelocityLoss, own_starts
 from flux_jax.distill.options import LARGE, Options
 from flux_jax.inputs import parse_size
 from flux_jax.parts import abstract_part, leaf_table
@@ -138,8 +138,8 @@ def hours(config: FluxConfig, options: Options, tokens: int, rate: float) -> lis
         "held-out losses": 3 * options.held_out * steps,
         "blockwise: states": 2 * options.block_points,
         "blockwise: training": 3 * options.block_steps * options.block_batch,
-        "student's own trajectories": 2 * (OWN_ROUNDS + 1) * options.own_trajectories * steps,
-        "end to end": 4 * (options.learning_steps + options.settle_steps) * options.batch,
+        "student's own trajectories": 2 * len(own_starts(options)) * options.own_trajectories * steps,
+        "end to end": 4 * options.end_to_end_steps * options.batch,
     }
     rows = [{"phase": phase, "forwards": count, "flop": count * forward} for phase, count in passes.items()]
     rows.append({"phase": "all", "forwards": sum(passes.values()), "flop": sum(row["flop"] for row in rows)})

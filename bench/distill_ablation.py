@@ -37,7 +37,7 @@ def variant(base: Options, own: dict[str, Any]) -> Options:
     """The options of a variant; one phase alone takes as much work as both do."""
     made = dataclasses.replace(base, **own)
     if made.phases == "blockwise":
-        extra = round((base.learning_steps + base.settle_steps) * base.batch / base.block_batch)
+        extra = round(base.end_to_end_steps * base.batch / base.block_batch)
         made = dataclasses.replace(made, block_steps=base.block_steps + extra)
     if made.phases == "end_to_end":
         extra = round(base.block_steps * base.block_batch / base.batch)

@@ -12,6 +12,8 @@ import parity
 import pytest
 
 CACHE = tempfile.TemporaryDirectory(prefix="flux-jax-tests-")
+for chosen in ("FLUX_JAX_CACHE", "JAX_COMPILATION_CACHE_DIR"):
+    os.environ.pop(chosen, None)
 os.environ["XDG_CACHE_HOME"] = CACHE.name  # nothing is read from, or left in, the user's caches ...
 os.environ["HF_HOME"] = os.path.join(CACHE.name, "huggingface")
 os.environ["HF_HUB_OFFLINE"] = "1"  # ... nor fetched; processes that tests start inherit this
@@ -19,15 +21,19 @@ os.environ["MPLBACKEND"] = "agg"
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the time goes into compiling, and the same tiny models come again and again. A cache for each worker, and for
-# the processes that its tests start one by one: JAX's files are no safe meeting place for two that write.
-jax.config.update("jax_compilation_cache_dir", os.path.join(CACHE.name, "flux_jax", "xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 # No deadline: the first example of a jitted function compiles it.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_programs():
+    """Most of the time goes into compiling, and the same tiny models come again and again. A cache for each worker, and
+    for the processes that its tests start one by one: JAX's files are no safe meeting place for two that write."""
+    from flux_jax import cache  # only here: what is imported before pytest is configured has unchecked signatures
+
+    assert cache.enable() is not None
 
 
 @pytest.fixture(autouse=True)

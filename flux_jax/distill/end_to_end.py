@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from flux_jax.distill import mesh as meshes
 from flux_jax.distill import store, student
 from flux_jax.distill.blockwise import in_dtype
+from flux_jax.distill.options import Options
 from flux_jax.distill.training import Fit, Plan
 from flux_jax.distill.trajectories import Trajectories, load_or_make
 from flux_jax.distill.workspace import Workspace
@@ -124,16 +125,13 @@ class SettledLoss:
 
 def parted(params: Any) -> tuple[Any, Any]:
     """(latents, everything else) of a student's parameters, each a dict tree."""
-    flat = nnx.to_flat_state(nnx.State(params))
-    parts = ([item for item in flat if (item[0][-1] == "latent") == wanted] for wanted in (True, False))
-    latents, rest = (nnx.to_pure_dict(nnx.from_flat_state(part)) for part in parts)
-    return latents, rest
+    latents, rest = nnx.split_state(nnx.State(params), lambda path, _: path[-1] == "latent", ...)
+    return nnx.to_pure_dict(latents), nnx.to_pure_dict(rest)
 
 
 def joined(latents: Any, rest: Any) -> Any:
     """What `parted` took apart."""
-    flat = [item for part in (latents, rest) for item in nnx.to_flat_state(nnx.State(part))]
-    return nnx.to_pure_dict(nnx.from_flat_state(flat))
+    return nnx.to_pure_dict(nnx.merge_state(nnx.State(latents), nnx.State(rest)))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "dtype"))
@@ -195,6 +193,16 @@ def train(work: Workspace, graph: Any, params: Any, trajectories: Trajectories, 
     return joined(latents, fit.run(SettledLoss(loss), rest, batches, given | {"latents": latents}))
 
 
+def own_starts(options: Options) -> list[int]:
+    """The steps of phase `end_to_end`, the settling ones counted on, at which the student samples trajectories of its
+    own: none where batches have one point."""
+    steps = options.learning_steps
+    if not options.own_trajectories or options.batch == 1:
+        return []
+    starts = [steps * (i + 1) // (OWN_ROUNDS + 1) for i in range(OWN_ROUNDS)]
+    return [*starts, steps] if options.settle_steps else starts
+
+
 class Points:
     """Batches of phase `end_to_end`, the settling steps counted on: the teacher's trajectories, and from the first of
     `starts` on, in equal parts, the student's own (none in a batch of one point); these are sampled anew by the running
@@ -202,10 +210,7 @@ class Points:
 
     def __init__(self, work: Workspace, graph: Any, trajectories: Trajectories, drawn: np.ndarray | None):
         self.work, self.graph, self.trajectories, self.drawn = work, graph, trajectories, drawn
-        steps, own = work.options.learning_steps, work.options.own_trajectories and work.options.batch > 1
-        self.starts = [steps * (i + 1) // (OWN_ROUNDS + 1) for i in range(OWN_ROUNDS)] if own else []
-        if own and work.options.settle_steps:
-            self.starts.append(steps)
+        self.starts = own_starts(work.options)
         self.round = 0
         self.own: Trajectories | None = None
 

@@ -89,6 +89,11 @@ class Options:
     def phase_list(self) -> tuple[str, ...]:
         return tuple(p for p in self.phases.split(",") if p and p != "none")
 
+    @property
+    def end_to_end_steps(self) -> int:
+        """All steps of phase end_to_end, the settling ones among them."""
+        return self.learning_steps + self.settle_steps
+
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):

@@ -74,7 +74,7 @@ def teach(work: Workspace) -> tuple[Any, Any, dict[str, Any]]:
     params = export.as_stored(work, params)
     if "end_to_end" in options.phase_list:
         measured("end_to_end", graph, params)
-    steps = {"blockwise": options.block_steps, "end_to_end": options.learning_steps + options.settle_steps}
+    steps = {"blockwise": options.block_steps, "end_to_end": options.end_to_end_steps}
     about = {
         "phases": {phase: steps[phase] for phase in options.phase_list},
         "options": options.to_json(),

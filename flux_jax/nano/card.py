@@ -62,8 +62,7 @@ def card(run: Path, evaluation: Path | None = None) -> str:
                 result += f"; held-out captions understood: T5 {shares['t5']:.1%}, CLIP {shares['clip']:.1%}"
             columns = [phase, recipe["steps"], recipe["batch"], recipe["seed"], result]
             lines += [f"| {' | '.join(map(str, columns))} |"]
-    if evaluation is not None:
-        lines += ["", "## Score", "", *scores(summary(evaluation))]
+    lines += scores(evaluation)
     return "\n".join(lines) + "\n"
 
 
@@ -78,18 +77,28 @@ def student_card(quantization: dict[str, Any], evaluation: Path | None = None) -
     after = {name.replace("_", " "): error for name, error in quantization["held_out_relative"].items()}
     errors = ", ".join(f"{error:.4f} after {name}" for name, error in after.items())
     lines += ["", f"Squared error of the velocity on held-out captions, over the velocity's mean square: {errors}."]
-    if evaluation is not None:
-        lines += ["", "## Score", "", *scores(summary(evaluation))]
+    lines += scores(evaluation)
     return text + "\n".join(lines) + "\n"
 
 
-def scores(summary: dict[str, Any]) -> list[str]:
-    """The evaluation's table as lines of Markdown."""
+def scores(evaluation: Path | None) -> list[str]:
+    """The section with the evaluation's table, as lines of Markdown; none without one. UserError where it is not
+    finished."""
+    if evaluation is None:
+        return []
+    if not (evaluation / "summary.json").exists():
+        raise UserError(
+            f"{evaluation} holds no finished evaluation: run python -m flux_jax.evaluate nano --out {evaluation} first."
+        )
+    summary = read(evaluation / "summary.json")
     sampling = ", ".join(f"{key} {value}" for key, value in summary["sampling"].items())
     count = sum(tag["count"] for tag in summary["tags"].values())
     how = f"{sampling}, seeds from {summary['seed']}"
     entries = {"overall": summary["overall"], **summary["tags"]}
     return [
+        "",
+        "## Score",
+        "",
         f"{count} held-out captions, one picture each ({how}), judged by the oracle:",
         "",
         "![one row of pictures for each tag](sheet.png)",
@@ -98,15 +107,6 @@ def scores(summary: dict[str, Any]) -> list[str]:
         "|---|---|---|",
         *(f"| {n} | {e['score']:.3f} | {e['interval'][0]:.3f} to {e['interval'][1]:.3f} |" for n, e in entries.items()),
     ]
-
-
-def summary(evaluation: Path) -> dict[str, Any]:
-    """What `flux_jax.evaluate` found. UserError where it is not finished."""
-    if not (evaluation / "summary.json").exists():
-        raise UserError(
-            f"{evaluation} holds no finished evaluation: run python -m flux_jax.evaluate nano --out {evaluation} first."
-        )
-    return read(evaluation / "summary.json")
 
 
 def read(path: Path) -> dict[str, Any]:
