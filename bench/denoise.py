@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench import memory, power, reference, report, synthetic
+from bench import memory, power, process, reference, report, synthetic
 from flux_jax import aot
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.denoise import denoise
@@ -54,7 +54,7 @@ def trial(weights: str, config: FluxConfig, steps: Sequence[int], samples: int) 
 def in_own_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The same by a new process; {"failure": its last words} where it failed."""
     words = ["--trial", name, "--samples", str(args.samples), "--steps", *map(str, args.steps)]
-    return report.in_own_process("bench.denoise", [*words, *(["--tiny"] if args.tiny else [])])
+    return process.run(["-m", "bench.denoise", *words, *(["--tiny"] if args.tiny else [])]).result()
 
 
 def rows_of(name: str, found: dict[str, Any]) -> list[list[Any]]:

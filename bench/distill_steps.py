@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from bench import report, timing
+from bench import process, report, timing
 from bench.distill import block_training, memory, parameter_count
 from bench.memory import GIGABYTE, image_tokens
 from flux_jax.config import FluxConfig, dev, nano
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     rows = []
     for kind in KINDS:
         report.say(kind)
-        found = report.in_own_process("bench.distill_steps", [*argv, "--kind", kind])
+        found = process.run(["-m", "bench.distill_steps", *argv, "--kind", kind]).result()
         if "failure" in found:
             raise UserError(f"{kind}: {found['failure']}")
         rows.append(found)

@@ -9,6 +9,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.journal import Journal
 from flux_jax.errors import UserError
 from flux_jax.images import write_whole
 
@@ -26,7 +28,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "jax-cuda13-plugin")
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Options that every benchmark has: --save."""
+    """Options that every benchmark has: --save, and for `journal` --rows, --label and --seconds."""
     made = argparse.ArgumentParser(
         prog=f"python -m bench.{name}",
         description=description,
@@ -41,7 +43,15 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"write the JSON object to a file (default: bench/results/{name}.json)",
     )
+    made.add_argument("--rows", type=Path, metavar="FILE", help="append each result to a file the moment it is known")
+    made.add_argument("--label", default=name, help="what the rows are called there (default: %(default)s)")
+    made.add_argument("--seconds", type=float, default=math.inf, help="begin nothing more after so long")
     return made
+
+
+def journal(args: argparse.Namespace) -> Journal:
+    """The rows of a benchmark, as the options of `parser` say."""
+    return Journal(args.rows, args.label, args.seconds)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -113,15 +123,6 @@ def has_gpu(tiny: bool) -> bool:
     if not found and not tiny:
         raise UserError("JAX finds no GPU, and the time of a CPU would say nothing: add --tiny to try the program")
     return found
-
-
-def in_own_process(module: str, words: Sequence[str]) -> dict[str, Any]:
-    """The JSON object that `python -m MODULE WORDS` prints last; {"failure": its last words} where it failed."""
-    done = subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.strip().splitlines()
-        return {"failure": (lines or [f"exit status {done.returncode}"])[-1][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def leave_memory() -> None:

@@ -1,0 +1,109 @@
+"""A benchmark in a process of its own, with a time box: whatever becomes of it costs only itself.
+
+In: the words behind `python`, seconds, environment variables. Out: `Ended`: how it ended and what it printed. The
+process leads a group of its own, which is killed as a whole at the end of its box, so that no compiler or test that it
+started lives on. What it prints is read as it comes, and copied to a log where one is given: the process never meets a
+full disk or a full pipe.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+LINES = 400  # of its output that are kept
+GRACE = 5.0  # seconds for readers of a killed process's output
+
+
+class Ended(NamedTuple):
+    """status: the exit status, below zero for a signal, None where the time box ended first."""
+
+    status: int | None
+    seconds: float
+    out: list[str]
+    err: list[str]
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no result, in one line; None where it exited with 0."""
+        if self.status == 0:
+            return None
+        if self.status is None:
+            return f"killed at its time box, after {self.seconds:.0f} s"
+        if self.status < 0:
+            return f"killed by {signal.Signals(-self.status).name}"
+        said = [line for line in self.err if "Error" in line] or self.err
+        return said[-1].strip()[:300] if said else f"exit status {self.status}"
+
+    def result(self) -> dict[str, Any]:
+        """The JSON object that it printed last, or {"failure": why}."""
+        if self.failure is not None:
+            return {"failure": self.failure}
+        try:
+            return json.loads(self.out[-1])
+        except (IndexError, ValueError):
+            return {"failure": "printed no JSON object"}
+
+
+def run(
+    words: Sequence[str], *, seconds: float | None = None, env: Mapping[str, str] | None = None, log: Path | None = None
+) -> Ended:
+    """`python WORDS` in the clone's root, for so many seconds at most (None: as long as it takes). env: variables on
+    top of this process's. Never raises for what the process does."""
+    begun = time.monotonic()
+    child = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    kept = [deque(maxlen=LINES), deque(maxlen=LINES)]
+    readers = [
+        threading.Thread(target=_copy, args=(pipe, lines, log), daemon=True)
+        for pipe, lines in zip((child.stdout, child.stderr), kept, strict=True)
+    ]
+    for reader in readers:
+        reader.start()
+    status: int | None = None
+    try:
+        status = child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # also where this process is interrupted: nothing that the child started lives on
+        _kill(child)
+    for reader in readers:
+        reader.join(GRACE)
+    return Ended(status, time.monotonic() - begun, *map(list, kept))
+
+
+def _kill(child: subprocess.Popen) -> None:
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # the whole group has ended
+    child.wait()
+
+
+def _copy(pipe: Any, lines: deque, log: Path | None) -> None:
+    """Reads until the end, whatever the log's disk says."""
+    for line in pipe:
+        lines.append(line.rstrip("\n"))
+        if log is not None:
+            try:
+                with open(log, "a") as file:
+                    file.write(line)
+            except OSError:
+                continue
