@@ -3,42 +3,29 @@
 In: names of GPUs. For each, every (n, k) of FLUX's ternary layers, with many rows and with one, in both kinds of
 activations, with the settings that would be used there (measured ones where there are any, else the heuristic); and the
 fused kernels. Out: a table, and the JSON line. Exit status 1 if a kernel spills a register, exceeds the device's shared
-memory, or multiplies without tensor cores. Needs JAX's CUDA plugin and ptxas (the extra `aot`), and no GPU; with
-nvdisasm, too, the loop's arithmetic instructions per MMA are counted.
-
-How: XLA's dump of the compiled program holds the PTX and the kernel's shared memory; `ptxas -v` says the rest.
+memory, multiplies without tensor cores, or waits for each product by itself. Needs what `bench.sass` needs, and no GPU.
 """
 
 import dataclasses
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bench import report
+from bench import report, sass
 from bench.products import shapes
 from flux_jax import aot
 from flux_jax.config import dev
 from flux_jax.errors import UserError
 from pallas_kernels import Target, fused, packed_width
-from pallas_kernels.settings import choose_settings
 
 GPUS = ("a10", "a100", "h100", "l20")
 ROWS = (4608, 1)  # tokens of a 1024 x 1024 picture and its text; the modulation of one step
 TYPES = {"int8": ".s8.s8", "bfloat16": ".bf16.bf16"}  # of an MMA's operands, in the names of PTX
-# Instructions of SASS that the arithmetic units execute: what a loop needs besides loads, barriers and MMAs.
-ALU = {"F2F", "F2I", "FADD", "FFMA", "FMNMX", "FMUL", "FSEL", "FSETP", "I2F", "I2FP", "IADD3", "IMAD", "IMNMX", "ISETP"}
-ALU |= {"LEA", "LOP3", "MOV", "PRMT", "SEL", "SHF", "VIADD"}
-MMA = {"HGMMA", "HMMA", "IGMMA", "IMMA"}
+LOOP = ("mma", "alu", *sass.STOPS)  # what the table says of a loop
+MOST_WAITS = 4  # of a loop on Hopper: a wait for each part of a step, but not for each MMA in it
 
 
 class Case(NamedTuple):
@@ -49,73 +36,10 @@ class Case(NamedTuple):
     args: tuple[Any, ...]
 
 
-class Code(NamedTuple):
-    """What became of it. shared_bytes: of a block of threads; mma: how many instructions, by their names in PTX."""
-
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    threads: int
-    mma: dict[str, int]
-    alu_per_mma: float | None
-
-
-def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: from the wheels beside JAX's plugin, else on the PATH, else None."""
-    nvidia = importlib.util.find_spec("nvidia")
-    folders = [f"{place}/cu13/bin" for place in (nvidia.submodule_search_locations if nvidia else None) or ()]
-    return shutil.which(name, path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
-
-
-def inspect(gpu: str, case: Case) -> Code:
-    """Compiles one kernel for a GPU and reads its code. UserError without ptxas, or where it refuses the kernel."""
-    ptxas, nvdisasm = tool("ptxas"), tool("nvdisasm")
-    if ptxas is None:
-        raise UserError("no ptxas was found: pip install 'flux-jax-ternary[aot]', or put a CUDA toolkit on the PATH")
-    with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder)
-        aot.compile_for(gpu, jax.jit(case.function), *case.args, dump=dump)
-        (ptx,) = (path for path in dump.glob("*.ptx") if ".entry" in path.read_text())
-        (launch,) = re.findall(r"threads: \[(\d+).*shared_memory: (\d+)", _only(dump.glob("*thunk_sequence.txt")))
-        cubin = dump / "kernel.cubin"
-        command = [ptxas, "-v", f"-arch={aot.target(gpu).architecture.name}", str(ptx), "-o", str(cubin)]
-        said = subprocess.run(command, capture_output=True, text=True)
-        if said.returncode:
-            raise UserError(f"ptxas refuses the kernel {case.labels} for {gpu}: {said.stderr.strip()}")
-        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said.stderr)))
-        registers = max(map(int, re.findall(r"Used (\d+) registers", said.stderr)))
-        mma = Counter(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)[\w.:]*", ptx.read_text()))
-        sass = nvdisasm and subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True).stdout
-        return Code(registers, spilled, int(launch[1]), int(launch[0]), dict(mma), alu_per_mma(sass) if sass else None)
-
-
-def _only(paths: Iterator[Path]) -> str:
-    (path,) = paths
-    return path.read_text()
-
-
-def alu_per_mma(sass: str) -> float | None:
-    """Arithmetic instructions per MMA in the longest loop that has any; None if there is no such loop."""
-    labels, code = {}, []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(.*);", line):
-            code.append((found[1], found[2]))
-    loops = []
-    for end, (operation, rest) in enumerate(code):
-        start = labels.get(next(iter(re.findall(r"\.L_x_\d+", rest)), ""), end) if operation == "BRA" else end
-        counts = Counter(name for name, _ in code[start:end])
-        mma, alu = (sum(counts[name] for name in kind) for kind in (MMA, ALU))
-        if mma:
-            loops.append((mma, alu / mma))
-    return max(loops)[1] if loops else None
-
-
 def kernels(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterator[Case]:
     """Every ternary product of FLUX (or those with n, k `wanted`) with the settings that it gets on this GPU, and the
     fused kernels."""
-    from pallas_kernels import triton  # deprecated in JAX: only who asks for its code needs it
+    from pallas_kernels import triton, triton_rows  # deprecated in JAX: only who asks for its code needs it
 
     described, config = aot.target(gpu), dev()
     target = Target("gpu", "{}.{}".format(*described.architecture.compute_capability), described.kind)
@@ -124,7 +48,7 @@ def kernels(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterat
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def product(name: str, m: int, n: int, k: int, operand: str, epilogue: Any = None) -> Case:
-        settings = fused.epilogue_settings(choose_settings(target, m, n, k, operand), epilogue)
+        settings = fused.epilogue_settings(target, m, n, k, operand, epilogue)
         out_dtype = jnp.int8 if isinstance(epilogue, fused.GeluQuantize) else jnp.bfloat16
 
         def function(*args: Any) -> Any:
@@ -142,9 +66,12 @@ def kernels(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterat
     m, model = ROWS[0], config.transformer
     d, hidden, head = model.hidden_size, model.mlp_dim, model.head_dim
     tokens, vector, norm = array(jnp.bfloat16, m, d), array(jnp.bfloat16, d), array(jnp.bfloat16, head)
-    yield Case(
-        {"kernel": "norm, modulate, int8", "m": m, "n": d}, triton.norm_modulate_quantize, (tokens, vector, vector)
-    )
+    norm_args = tokens, vector, vector
+    yield Case({"kernel": "norm, modulate, int8", "m": m, "n": d}, triton_rows.norm_modulate_quantize, norm_args)
+    inner = array(jnp.bfloat16, m, hidden)
+    for parts in ((tokens,), (inner,), (tokens, inner)):
+        labels = {"kernel": "concatenate, int8", "m": m, "n": sum(part.shape[1] for part in parts)}
+        yield Case(labels, triton_rows.concatenate_quantize, parts)
     for k in (d, hidden, d + hidden):
         yield product("matmul, gate, residual", m, d, k, "int8", fused.GatedResidual(vector, tokens))
     rope = array(jnp.float32, 2, m, head // 2)
@@ -153,7 +80,7 @@ def kernels(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterat
     yield product("matmul, gelu, int8", m, hidden, d, "int8", fused.GeluQuantize(array(jnp.float32)))
 
 
-def faults(gpu: str, case: Case, code: Code) -> list[str]:
+def faults(gpu: str, case: Case, code: sass.Code) -> list[str]:
     """What is wrong with a kernel's code, in words."""
     architecture, found = aot.target(gpu).architecture, []
     if code.spilled_bytes:
@@ -166,10 +93,12 @@ def faults(gpu: str, case: Case, code: Code) -> list[str]:
         wanted = f"{'wgmma' if wide else 'mma'} of {operand}"
         if not any(name.startswith("wgmma" if wide else "mma") and TYPES[operand] in name for name in code.mma):
             found.append(f"has no {wanted}")
+        if code.loop.get("waits", 0) > MOST_WAITS:
+            found.append(f"waits {code.loop['waits']} times for its MMAs in a turn of its loop")
     return found
 
 
-def blocks(gpu: str, code: Code) -> int:
+def blocks(gpu: str, code: sass.Code) -> int:
     """How many blocks of threads a multiprocessor can hold at once."""
     architecture = aot.target(gpu).architecture
     registers = -(-code.registers // 8) * 8 * code.threads
@@ -182,11 +111,21 @@ def blocks(gpu: str, code: Code) -> int:
     return min(held)
 
 
-def measure(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterator[dict[str, Any]]:
-    """The figures of every kernel on one GPU."""
-    for case in kernels(gpu, wanted):
+def one_of_each(cases: Iterable[Case]) -> list[Case]:
+    """The first case of each kernel, operand and tile: in others a loop has more turns, and the code is the same."""
+    sizes = ("m", "n", "k")
+    found: dict[tuple[Any, ...], Case] = {}
+    for case in cases:
+        found.setdefault(tuple(value for name, value in case.labels.items() if name not in sizes), case)
+    return list(found.values())
+
+
+def measure(gpu: str, wanted: Sequence[tuple[int, int]] | None = None, quick: bool = False) -> Iterator[dict[str, Any]]:
+    """The figures of every kernel on one GPU, or with `quick` of `one_of_each`."""
+    cases = kernels(gpu, wanted)
+    for case in one_of_each(cases) if quick else cases:
         report.say(f"{gpu}: {' '.join(str(value) for value in case.labels.values())}")
-        code = inspect(gpu, case)
+        code = sass.inspect(gpu, case.function, case.args)
         extra = {"blocks_per_multiprocessor": blocks(gpu, code), "faults": faults(gpu, case, code)}
         yield {"gpu": gpu, **case.labels, **code._asdict(), **extra}
 
@@ -198,8 +137,8 @@ def line(row: dict[str, Any]) -> list[Any]:
     mma = " ".join(sorted({re.sub(r"\.(row|col|satfinite)", "", name) for name in names})) or None
     labels = [row["gpu"], row["kernel"], *map(row.get, ("m", "n", "k", "operand")), tile]
     code = [row["registers"], row["spilled_bytes"], f"{row['shared_bytes'] / 1024:.0f}"]
-    alu = None if row["alu_per_mma"] is None else round(row["alu_per_mma"], 1)
-    return [*labels, *code, row["blocks_per_multiprocessor"], mma, alu, ", ".join(row["faults"]) or "ok"]
+    loop = [row["loop"].get(name) for name in LOOP]
+    return [*labels, *code, row["blocks_per_multiprocessor"], mma, *loop, ", ".join(row["faults"]) or "ok"]
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -211,10 +150,11 @@ def main(argv: Sequence[str]) -> None:
     parser = report.parser("aot", __doc__)
     parser.add_argument("--gpus", nargs="+", default=list(GPUS), choices=list(aot.GPUS))
     parser.add_argument("--shapes", nargs="+", type=shape, metavar="NxK", help="default: all of FLUX's")
+    parser.add_argument("--quick", action="store_true", help="one shape for each kernel, operand and tile")
     args = parser.parse_args(argv)
-    rows = [row for gpu in args.gpus for row in measure(gpu, args.shapes)]
+    rows = [row for gpu in args.gpus for row in measure(gpu, args.shapes, args.quick)]
     sizes = ["m", "n", "k", "operand", "tile"]
-    header = ["gpu", "kernel", *sizes, "regs", "spilled", "KiB", "blocks", "MMA", "ALU/MMA", "verdict"]
+    header = ["gpu", "kernel", *sizes, "regs", "spilled", "KiB", "blocks", "MMA", *LOOP, "verdict"]
     print(report.table(header, map(line, rows)))
     wrong = sum(bool(row["faults"]) for row in rows)
     report.finish("aot", {"wrong": wrong, "kernels": rows}, save=args.save, on=", ".join(args.gpus))

@@ -33,6 +33,7 @@ class Architecture:
     """What all GPUs of a compute capability share. Source: CUDA C++ Programming Guide, "Compute Capabilities"."""
 
     compute_capability: tuple[int, int]
+    known_as: str  # the kind of a GPU of it that JAX knows without having one: Pallas lowers a kernel for no other
     threads_per_core: int
     fpus_per_core: int
     shared_memory_per_core: int  # bytes
@@ -45,10 +46,10 @@ class Architecture:
         return "sm_{}{}".format(*self.compute_capability) + "a" * self.accelerated
 
 
-AMPERE = Architecture((8, 0), 2048, 64, 167_936, 166_912)
-AMPERE_86 = Architecture((8, 6), 1536, 128, 102_400, 101_376)
-ADA = Architecture((8, 9), 1536, 128, 102_400, 101_376)
-HOPPER = Architecture((9, 0), 2048, 128, 233_472, 232_448, accelerated=True)
+AMPERE = Architecture((8, 0), "NVIDIA A100", 2048, 64, 167_936, 166_912)
+AMPERE_86 = Architecture((8, 6), "NVIDIA A10", 1536, 128, 102_400, 101_376)
+ADA = Architecture((8, 9), "NVIDIA L4", 1536, 128, 102_400, 101_376)
+HOPPER = Architecture((9, 0), "NVIDIA H100", 2048, 128, 233_472, 232_448, accelerated=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +152,12 @@ def mesh(name: str, shape: Sequence[int] = (1,), axes: Sequence[str] = ("device"
 def compiling_for(devices: Mesh) -> Iterator[None]:
     """Functions traced and lowered inside are meant for those devices: `pallas_kernels.current_target()` says so."""
     first = devices.devices.flat[0]
+    known_as = {gpu.kind: gpu.architecture.known_as for gpu in GPUS.values()}[first.device_kind]
     abstract = AbstractMesh(
         devices.axis_sizes,
         devices.axis_names,
         devices.axis_types,
-        abstract_device=AbstractDevice(first.device_kind, first.core_count, first.platform),
+        abstract_device=AbstractDevice(known_as, first.core_count, first.platform),
     )
     # JAX keeps a function's trace apart for each mesh around it: what was traced for another device is not used again.
     with (
@@ -193,7 +195,7 @@ def compile_for(
     if dump is not None:
         options["xla_dump_to"] = str(dump)
         if jax.__version_info__ >= (0, 11):
-            options["xla_dump_emitter_re"] = ".*"  # PTX is written since then only where this matches
+            options["xla_dump_emitter_re"] = "ptx"  # it is written since then only where this matches; all: minutes
     with compiling_for(devices):
         lowered = function.lower(*jax.tree.map(place, args), **static)
     return lowered.compile(compiler_options=options)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int, Int8, Num, UInt8
 
 from pallas_kernels import reference
 from pallas_kernels.packing import check_packed
-from pallas_kernels.settings import Settings, choose, choose_settings, current_target
+from pallas_kernels.settings import EPILOGUES, Settings, Target, choose, choose_settings, current_target
 
 EPS = 1e-6  # of FLUX's norms
 
@@ -54,6 +54,12 @@ class NormRotary(NamedTuple):
 
 
 Epilogue = GatedResidual | Gelu | GeluQuantize | NormRotary
+KINDS = dict(zip(EPILOGUES, (type(None), GatedResidual, Gelu, GeluQuantize, NormRotary), strict=True))
+
+
+def epilogue_name(epilogue: Epilogue | None) -> str:
+    """As the table of tuned settings calls it, one of `settings.EPILOGUES`."""
+    return next(name for name, kind in KINDS.items() if isinstance(epilogue, kind))
 
 
 def finish(y: Float32[Array, "m n"], epilogue: Epilogue | None) -> Float32[Array, "m n"]:
@@ -76,13 +82,12 @@ def finish(y: Float32[Array, "m n"], epilogue: Epilogue | None) -> Float32[Array
             return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(y.shape)
 
 
-def epilogue_settings(settings: Settings, epilogue: Epilogue | None) -> Settings:
-    """The tile that a product gets with an epilogue: one head for NormRotary, at most 128 channels for the others, so
-    that registers suffice and, on a Hopper, a second tile multiplies while the first one ends."""
-    if epilogue is None:
-        return settings
-    most = len(epilogue.weight) if isinstance(epilogue, NormRotary) else min(128, settings.block_n)
-    return dataclasses.replace(settings, block_n=most)
+def epilogue_settings(target: Target, m: int, n: int, k: int, operand: str, epilogue: Epilogue | None) -> Settings:
+    """The tile that a product gets with an epilogue: as chosen for it, and one head wide for NormRotary."""
+    settings = choose_settings(target, m, n, k, operand, epilogue_name(epilogue))
+    if isinstance(epilogue, NormRotary):
+        return dataclasses.replace(settings, block_n=len(epilogue.weight))
+    return settings
 
 
 def norm_modulate_quantize(
@@ -95,14 +100,30 @@ def norm_modulate_quantize(
     """
     target = current_target()
     if choose(implementation, target, len(x), "int8") == "triton":
-        from pallas_kernels import triton
+        from pallas_kernels import triton_rows
 
-        return triton.norm_modulate_quantize(x, shift, scale, interpret=target.platform == "interpret")
+        return triton_rows.norm_modulate_quantize(x, shift, scale, interpret=target.platform == "interpret")
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + EPS)
     y = y * (1 + scale.astype(jnp.float32)[None]) + shift.astype(jnp.float32)[None]
     return reference.quantize_rows(y)
+
+
+def concatenate_quantize(
+    *parts: Float[Array, "m _"], implementation: str | None = None
+) -> tuple[Int8[Array, "m k"], Float32[Array, " m"]]:
+    """quantize_rows(concatenate(parts, axis=-1)): int8 [m, k] and float32 [m], where k is the sum of the parts' widths.
+
+    One kernel reads each part once; XLA joins them, goes over the rows for their largest values, and again to round.
+    ValueError for an unsupported implementation.
+    """
+    target = current_target()
+    if choose(implementation, target, len(parts[0]), "int8") == "triton":
+        from pallas_kernels import triton_rows
+
+        return triton_rows.concatenate_quantize(*parts, interpret=target.platform == "interpret")
+    return reference.quantize_rows(jnp.concatenate(parts, axis=-1))
 
 
 def fused_matmul(
@@ -135,7 +156,7 @@ def fused_matmul(
 
         head = len(epilogue.weight) if isinstance(epilogue, NormRotary) else 16
         inside = epilogue if head >= 16 and head & (head - 1) == 0 else None  # no tile has another head's width
-        settings = epilogue_settings(choose_settings(target, len(x), last - first, k, x.dtype.name), inside)
+        settings = epilogue_settings(target, len(x), last - first, k, x.dtype.name, inside)
         y = triton.matmul(
             x,
             row_scale,

@@ -7,8 +7,11 @@ many rows that is also the fast way on a GPU: the product is bound by arithmetic
 2 bits instead of 16 saves next to nothing (the scratch holds one layer, 75 MB of bfloat16 for 12288 x 3072).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8, Int32, Num, UInt8
 
 from pallas_kernels.packing import unpack_ternary
@@ -35,27 +38,46 @@ def quantize_rows(
 def integer_sums(q: Int8[Array, "m k"], codes: Int8[Array, "n k"]) -> Int32[Array, "m n"]:
     """q @ codes.T, exact. On a CPU by float32 products, whose sums of integers are exact below 2**24, and faster."""
     if q.shape[-1] > EXACT_IN_FLOAT32:
-        return _dot(q, codes, jnp.int8, jnp.int32)
+        return dot(q, codes, jnp.int32)
     return jax.lax.platform_dependent(
         q,
         codes,
-        cpu=lambda q, codes: _dot(q, codes, jnp.float32, jnp.float32).astype(jnp.int32),
-        default=lambda q, codes: _dot(q, codes, jnp.int8, jnp.int32),
+        cpu=lambda q, codes: dot(q, codes, jnp.float32, jnp.float32).astype(jnp.int32),
+        default=lambda q, codes: dot(q, codes, jnp.int32),
     )
 
 
-def floating_sums(x: Float[Array, "m k"], codes: Int8[Array, "n k"]) -> Float32[Array, "m n"]:
-    """x @ codes.T in x's dtype, accumulated in float32.
+def floating_product(
+    x: Float[Array, "m k"],
+    codes: Int8[Array, "n k"],
+    scale: Float32[Array, " n"],
+    bias: Float[Array, " n"],
+    *,
+    out_dtype: DTypeLike,
+) -> Float[Array, "m n"]:
+    """x @ codes.T * scale + bias, all of it in float32 but for the operands. A CPU is asked for no less: where it is
+    for bfloat16, it rounds between parts of the sum, too."""
+    y = dot(x, codes, jnp.float32, x.dtype) * scale[None]
+    return (y + bias.astype(jnp.float32)[None]).astype(out_dtype)
 
-    A GPU returns x's dtype, to write no float32 matrix: it would cost a third of the time of the product itself. A CPU
-    that is asked for bfloat16 rounds between parts of the sum, too, so there it is float32.
+
+def dense_product(
+    x: Float[Array, "m k"],
+    codes: Int8[Array, "n k"],
+    scale: Float32[Array, " n"],
+    bias: Float[Array, " n"],
+    *,
+    out_dtype: DTypeLike,
+) -> Float[Array, "m n"]:
+    """x @ weight.T + bias with the weight codes * scale rounded to x's dtype: the product of a dense layer.
+
+    On a GPU the bias, and a GELU behind it, are then the epilogue of cuBLAS's product. A scale behind the product is a
+    pass over the output, which takes up to a sixth of the product's time.
     """
-    return jax.lax.platform_dependent(
-        x,
-        codes,
-        cpu=lambda x, codes: _dot(x, codes, x.dtype, jnp.float32),
-        default=lambda x, codes: _dot(x, codes, x.dtype, x.dtype).astype(jnp.float32),
-    )
+    # XLA would join the products of one x to a single one, whose epilogue is neither one's bias nor the other's GELU.
+    x, scale = jax.lax.optimization_barrier((x, scale))
+    weight = (codes.astype(jnp.float32) * scale[:, None]).astype(x.dtype)
+    return dot(x, weight, out_dtype) + bias.astype(out_dtype)[None]
 
 
 def matmul(
@@ -71,8 +93,9 @@ def matmul(
 ) -> Num[Array, "m channels"]:
     """(x @ codes.T) * row_scale[:, None] * scale + bias, with k = 4 kp: x's columns are padded as the weights' are.
 
-    x int8 comes with row_scale, floating x without. layer picks one of the stacked packed, scale and bias;
-    channels are those to compute, from the first up to the second (default: all).
+    x int8 comes with row_scale, floating x without; then a GPU rounds scale to x's dtype, and bias to out_dtype. layer
+    picks one of the stacked packed, scale and bias; channels are those to compute, from the first up to the second
+    (default: all).
     """
     if layer is not None:
         packed, scale = packed[layer], scale[layer]
@@ -81,15 +104,27 @@ def matmul(
         packed, scale = packed[slice(*channels)], scale[slice(*channels)]
         bias = None if bias is None else bias[slice(*channels)]
     codes = jnp.asarray(unpack_ternary(packed, x.shape[-1]))
+    bias = jnp.zeros_like(scale) if bias is None else bias
     if row_scale is None:
-        y = floating_sums(x, codes)
-    else:
-        y = integer_sums(x, codes).astype(jnp.float32) * row_scale[:, None]
-    y = y * scale[None]
-    return (y if bias is None else y + bias.astype(jnp.float32)[None]).astype(out_dtype)
+        operands, how = (x, codes, scale, bias), {"out_dtype": out_dtype}
+        cpu, default = (functools.partial(product, **how) for product in (floating_product, dense_product))
+        return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
+    y = integer_sums(x, codes).astype(jnp.float32) * row_scale[:, None] * scale[None]
+    return (y + bias.astype(jnp.float32)[None]).astype(out_dtype)
 
 
-def _dot(x, codes, operands, result):
-    """x @ codes.T with operands of one dtype and sums of another."""
-    x, codes = x.astype(operands), codes.astype(operands)
-    return jax.lax.dot_general(x, codes, (((1,), (1,)), ((), ())), preferred_element_type=result)
+def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """What every product is given whose operands are of that dtype: float32 means float32.
+
+    Without it a GPU rounds their operands to 10 bits (TF32), in XLA and in Triton: an error of 3e-4 to 1e-3.
+    """
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def dot(
+    x: Num[Array, "*m k"], y: Num[Array, "n k"], result: DTypeLike, operands: DTypeLike | None = None
+) -> Num[Array, "*m n"]:
+    """x @ y.T with sums, and a result, of that dtype; operands: a dtype to give both before."""
+    x, y = (x, y) if operands is None else (x.astype(operands), y.astype(operands))
+    contracted = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, y, contracted, precision=precision(x.dtype), preferred_element_type=result)

@@ -1,6 +1,7 @@
 """Which backend and which tiles: decided from the device, the shape and the kind of activations, before any tracing.
 
-In: the device that is compiled for and the m, n, k of a product. Out: the name of a backend, the kernel's `Settings`.
+In: the device that is compiled for, the m, n, k of a product and what it ends with. Out: the name of a backend, the
+kernel's `Settings`.
 
 Settings come from `tuned/<device>.json` where that device and shape were measured, else from `heuristic`, which follows
 what the compiler says (registers, spills, shared memory, instructions), for no time was measured yet.
@@ -21,6 +22,7 @@ import jax
 from pallas_kernels.packing import LAYOUT_VERSION, TILE, packed_width
 
 ACTIVATIONS = ("bf16", "int8")
+EPILOGUES = ("none", "gated_residual", "gelu", "gelu_quantize", "norm_rotary")  # what a product ends with
 IMPLEMENTATIONS = ("xla", "triton")
 TABLES = Path(__file__).with_name("tuned")
 # With more rows than this, floating activations go to XLA, which unpacks to a scratch matrix for cuBLAS. By roofline,
@@ -122,32 +124,42 @@ def choose(implementation: str | None, target: Target, m: int, operand: str) -> 
     return "triton" if pays else "xla"
 
 
-def choose_settings(target: Target, m: int, n: int, k: int, operand: str) -> Settings:
-    """Measured settings of this device, operand, n and k, of the nearest m within a factor of 2; else `heuristic`."""
-    rows = [r for r in read_table(table_path(target.name)) if (r["operand"], r["n"], r["k"]) == (operand, n, k)]
+def choose_settings(target: Target, m: int, n: int, k: int, operand: str, epilogue: str = "none") -> Settings:
+    """Measured settings of this device, operand, epilogue, n and k, of the nearest m within a factor of 2; else
+    `heuristic`. epilogue: one of `EPILOGUES`; another number of registers is left to a tile that ends with one."""
+    product = {"operand": operand, "epilogue": epilogue, "n": n, "k": k}
+    rows = [row for row in read_table(table_path(target.name)) if {key: row[key] for key in product} == product]
     rows = [r for r in rows if r["m"] <= 2 * m and m <= 2 * r["m"]]
     if not rows:
-        return heuristic(target, m, n, k, operand)
+        return heuristic(target, m, n, k, operand, epilogue)
     return Settings(**min(rows, key=lambda r: max(m / r["m"], r["m"] / m))["settings"])
 
 
-def heuristic(target: Target, m: int, n: int, k: int, operand: str) -> Settings:
+def heuristic(target: Target, m: int, n: int, k: int, operand: str, epilogue: str = "none") -> Settings:
     """Settings for any device and shape: the widest tiles that spill no register and fit the shared memory."""
-    hopper = _capability(target) >= (9, 0)
-    whole = 4 * packed_width(k) % 256 == 0  # else a step of 256 codes would end in the middle
+    width = 4 * packed_width(k)
     if operand == "float32":
         return Settings(32, 64, 128, 4, 2)
     if m <= GEMV_ROWS:
-        block_k = 512 if 4 * packed_width(k) % 512 == 0 else 128
+        block_k = 512 if width % 512 == 0 else 128
         return Settings(16, 64, block_k, 4, 3) if n >= 64 * 264 else Settings(16, 32, block_k, 4, 4)
     block_m = min(128, max(32, 1 << (m - 1).bit_length()))
-    if not hopper:
-        return Settings(block_m, 128, 128, 8 if block_m == 128 else 4, 3)
-    if operand != "int8" or not whole:
+    if _capability(target) < (9, 0):
+        block_m = block_m if operand == "int8" else min(64, block_m)
+        return Settings(block_m, 128, 128, 8 if block_m == 128 or operand != "int8" else 4, 3)
+    if operand != "int8" or width % 256:  # a step of 256 codes would end in the middle
         return Settings(block_m, 128, 128, 4 if operand == "int8" else 8, 3)
-    # 256 channels wide while there is such a tile for each of some 132 multiprocessors; of narrow ones, each holds two.
-    wide = -(-m // block_m) * -(-n // 256) >= 128
-    return Settings(block_m, 256 if wide else 128, 256, 8, 3)
+    if block_m < 64:
+        return Settings(block_m, 128, 256, 4, 3)
+
+    def tiles(height: int, width: int) -> int:
+        return -(-m // height) * -(-n // width)
+
+    # On some 132 multiprocessors: along a long row, twice the work between two barriers; else two blocks on each, of
+    # four warps, so that a barrier holds up one half of the work. A head with its norm and turn is 128 wide.
+    if width >= 8192 and width % 512 == 0 and epilogue != "norm_rotary" and tiles(128, 256) >= 132:
+        return Settings(128, 256, 512, 8, 2)
+    return Settings(64, 256 if tiles(64, 256) >= 264 and epilogue != "norm_rotary" else 128, 256, 4, 3)
 
 
 def table_path(device: str) -> Path:
@@ -157,7 +169,7 @@ def table_path(device: str) -> Path:
 
 @functools.cache
 def read_table(path: Path) -> list[dict]:
-    """The rows {operand, m, n, k, settings, ...} of a table of measured settings, none where there is no such file.
+    """The rows {operand, epilogue, m, n, k, settings, ...} of a table of measured settings; none without a file.
 
     ValueError in one sentence where it is damaged or was measured with another layout.
     """
@@ -166,8 +178,10 @@ def read_table(path: Path) -> list[dict]:
     try:
         table = json.loads(path.read_text())
         rows = [{**row, "settings": asdict(Settings(**row["settings"]))} for row in table["rows"]]
-        if not all(isinstance(row[key], int) for row in rows for key in "mnk") or any("operand" not in r for r in rows):
-            raise ValueError("each row has an operand and integers m, n, k")
+        if not all(isinstance(row[key], int) for row in rows for key in "mnk"):
+            raise ValueError("each row has integers m, n, k")
+        if any("operand" not in row or row["epilogue"] not in EPILOGUES for row in rows):
+            raise ValueError(f"each row has an operand, and an epilogue of {', '.join(EPILOGUES)}")
         layout = table["layout"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no table of measured settings: {error}; tune again, or remove it") from None

@@ -2,7 +2,8 @@
 
 In: x [..., k], packed [n, kp] uint8 (see `packing`), scale [n], bias [n]. Out: y [..., n] in x's dtype,
 
-    y = (q @ codes.T) * row_scale * scale + bias      q, row_scale = quantize_rows(x), or x and 1 for activations="bf16"
+    y = (q @ codes.T) * row_scale * scale + bias      q, row_scale = quantize_rows(x), for activations="int8"
+    y = x @ (codes * scale).T + bias                  for activations="bf16"
 """
 
 import functools
@@ -134,7 +135,7 @@ def _backward(plan: Plan, saved, dy):
     dy = dy.astype(jnp.float32)
     codes = unpack_ternary(pick(packed), x.shape[-1]).astype(x.dtype)
     dx = (dy * jnp.expand_dims(pick(scale).astype(jnp.float32), range(dy.ndim - 1))).astype(x.dtype)
-    dx = jnp.matmul(dx, codes, preferred_element_type=jnp.float32).astype(x.dtype)
+    dx = reference.dot(dx, codes.T, jnp.float32).astype(x.dtype)
 
     def spread(gradient, like):
         """To the shape that the layers are stacked in, with zeros for channels that were not asked for."""

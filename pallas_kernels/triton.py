@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int8, Num, UInt8
+from jaxtyping import Array, Float, Int, Num, UInt8
 
 from pallas_kernels import fused, reference
 from pallas_kernels.packing import PLANE, TILE
@@ -27,7 +27,8 @@ from pallas_kernels.settings import Settings
 
 _GROUP = 8  # token tiles whose programs run side by side, so that they find each other's weights in the L2 cache
 PLANES = TILE // PLANE
-NORM_ROWS, NORM_PIECE = 4, 1024  # tokens that a program of the norm holds, and channels that it takes at once
+UNPACKED_BYTES = 256  # of codes that a thread holds for one product: with more, ptxas waits for each MMA by itself
+WRAPS = 2**31, 2**32  # elements, and bytes: Pallas counts the elements of up to so many bytes in 32 bits with a sign
 
 
 def unit(dtype: DTypeLike) -> int:
@@ -70,6 +71,20 @@ def unpack_plane(packed: UInt8[Array, "n b"], plane: int, dtype: DTypeLike, *, i
     return codes
 
 
+def unpack(packed: UInt8[Array, "n b"], dtype: DTypeLike, *, interpret: bool) -> Num[Array, "n k"]:
+    """All codes of whole tiles of packed bytes in the order of a row, k = 4 b, times `unit(dtype)`.
+
+    Joined to one operand, so that one product takes them: a barrier, a fence and a wait for each product is what holds
+    a Hopper up, and the planes of a tile differ in those bits of k alone that number a thread's registers. Nothing
+    moves.
+    """
+    (n, b), planes = packed.shape, [unpack_plane(packed, plane, dtype, interpret=interpret) for plane in range(PLANES)]
+    # [n, tiles, byte, lower bit of the plane, upper bit]: `stack` takes two at a time.
+    codes = lax.stack([lax.stack(planes[:2], axis=-1), lax.stack(planes[2:], axis=-1)], axis=-1)
+    codes = codes.reshape(n, b // PLANE, PLANE, 2, 2)
+    return jnp.transpose(codes, (0, 1, 4, 3, 2)).reshape(n, PLANES * b)
+
+
 def _position(rows: int, columns: int) -> tuple[Array, Array]:
     """Which tile of a grid of [rows, columns] tiles this program computes: down a group of rows, then to the right."""
     program = pl.program_id(0)
@@ -103,15 +118,6 @@ def _both(rows, columns):
     return rows[:, None] if columns is None else rows[:, None] & columns[None, :]
 
 
-def _activations(row, rows: int, start, size: int, plane: int):
-    """Where the activations lie that meet plane `plane` of the packed bytes [start, start + size)."""
-    if size == PLANE:
-        return pl.ds(row, rows), pl.ds(start * PLANES + plane * PLANE, size)
-    byte = jnp.arange(size, dtype=jnp.int32)  # of several tiles
-    column = start * PLANES + lax.div(byte, PLANE) * TILE + plane * PLANE + lax.rem(byte, PLANE)
-    return (row + jnp.arange(rows, dtype=jnp.int32))[:, None], column[None, :]
-
-
 def _load(ref, mask=None):
     return plt.load(ref) if mask is None else plt.load(ref, mask=mask, other=0)
 
@@ -122,22 +128,25 @@ def _matmul_kernel(
     """One tile of block_m tokens times block_n channels; refs lie in global memory, None where there is no operand. The
     first column of the output is channel `first`."""
     m, n, width = *refs[-1].shape, packed.shape[-1]
-    block_m, block_n, bytes_ = settings.block_m, settings.block_n, settings.block_k // PLANES
+    block_m, block_n, block_k = settings.block_m, settings.block_n, settings.block_k
+    chunk = min(block_k, UNPACKED_BYTES * 32 * settings.num_warps // (block_n * x.dtype.itemsize)) // PLANES
     row, column = _position(pl.cdiv(m, block_m), pl.cdiv(n, block_n))
     row, column = row * block_m, column * block_n
     tile = Tile(pl.ds(row, block_m), pl.ds(column, block_n), _within(row, block_m, m), _within(column, block_n, n))
+    bytes_ = block_k // PLANES
     *extra, out = refs
     stack, channels = () if layer is None else (layer[0],), pl.ds(first + column, block_n)
     total = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
 
     def step(i, sums):
-        start = i * bytes_
-        real_bytes = _within(start, bytes_, width)
-        w = _load(packed.at[*stack, channels, pl.ds(start, bytes_)], _both(tile.real_columns, real_bytes))
-        for plane in range(PLANES):
-            tokens = _load(x.at[_activations(row, block_m, start, bytes_, plane)], _both(tile.real_rows, real_bytes))
-            codes = unpack_plane(w, plane, x.dtype, interpret=interpret)
-            sums += lax.dot_general(codes, tokens, (((1,), (1,)), ((), ())), preferred_element_type=total)
+        for start in (i * bytes_ + part for part in range(0, bytes_, chunk)):
+            real_bytes = _within(start, chunk, width)
+            w = _load(packed.at[*stack, channels, pl.ds(start, chunk)], _both(tile.real_columns, real_bytes))
+            real_codes = _within(start * PLANES, chunk * PLANES, width * PLANES)
+            tokens = x.at[pl.ds(row, block_m), pl.ds(start * PLANES, chunk * PLANES)]
+            tokens = _load(tokens, _both(tile.real_rows, real_codes))
+            codes = unpack(w, x.dtype, interpret=interpret)
+            sums += reference.dot(codes, tokens, total)
         return sums
 
     sums = lax.fori_loop(0, pl.cdiv(width, bytes_), step, jnp.zeros((block_n, block_m), total))
@@ -154,16 +163,17 @@ def _finish(refs, values, tile: Tile, *, kind: type | None, dtype: DTypeLike, in
     """A tile [block_n, block_m] turned round, with the epilogue `kind` of `pallas_kernels.fused`, whose operands lie in
     `refs`. What can be done before the turn is: it takes fewer registers there."""
     if kind is None:
-        return values.T
+        return values.astype(dtype).T
     if kind is fused.GatedResidual:
         gate, residual = refs
         gated = (values * _load(gate.at[tile.columns], tile.real_columns).astype(jnp.float32)[:, None]).T
         return _load(residual.at[tile.rows, tile.columns], tile.mask).astype(jnp.float32) + gated
     if kind is fused.Gelu:
-        return jax.nn.gelu(values, approximate=True).T
+        return jax.nn.gelu(values, approximate=True).astype(dtype).T
     if kind is fused.GeluQuantize:
         (step,) = refs
-        return _round(jax.nn.gelu(values, approximate=True) / step[0], interpret=interpret).T
+        steps = jnp.clip(jax.nn.gelu(values, approximate=True) / step[0], -127.0, 127.0)
+        return to_int8(steps, interpret=interpret).T
     # In the output's dtype, as an unfused model rounds it: a float32 tile with its angles would spill.
     weight, rope = refs
     head, half = values.T.astype(dtype), rope.shape[-1]
@@ -177,48 +187,16 @@ def _finish(refs, values, tile: Tile, *, kind: type | None, dtype: DTypeLike, in
     return lax.stack(turned, axis=-1).reshape(head.shape)
 
 
-def _round(values, *, interpret: bool):
-    """To int8 in -127..127, halves to even, which Triton has no operation for."""
-    values = jnp.clip(values, -127.0, 127.0)
+def to_int8(values: Array, *, interpret: bool) -> Array:
+    """Numbers within -127..127 rounded, halves to even, which Triton has no operation for."""
     if interpret:
         return jnp.round(values).astype(jnp.int8)
-    like = jax.ShapeDtypeStruct(values.shape, jnp.float32)
-    options = {"constraints": "=f,f", "pack": 1, "result_shape_dtypes": [like]}
-    return plt.elementwise_inline_asm("cvt.rni.f32.f32 $0, $1;", args=[values], **options)[0].astype(jnp.int8)
+    like = jax.ShapeDtypeStruct(values.shape, jnp.int32)
+    options = {"constraints": "=r,f", "pack": 1, "result_shape_dtypes": [like]}
+    return plt.elementwise_inline_asm("cvt.rni.s32.f32 $0, $1;", args=[values], **options)[0].astype(jnp.int8)
 
 
-def _norm_modulate_quantize_kernel(x, shift, scale, q, row_scale, *, interpret: bool):
-    """Some rows of tokens, in pieces of channels that stay in registers from the norm to the rounding."""
-    (m, d), row = x.shape, pl.program_id(0) * NORM_ROWS
-    rows, real_rows = pl.ds(row, NORM_ROWS), _within(row, NORM_ROWS, m)
-    mask = _both(real_rows, None)
-    pieces, start = [], 0
-    while start < d:
-        pieces.append(pl.ds(start, min(NORM_PIECE, 1 << (d - start).bit_length() - 1)))
-        start += pieces[-1].size
-
-    def total(parts):
-        return functools.reduce(jnp.add, (part.sum(-1) for part in parts))[:, None]
-
-    def channels(ref, piece):
-        return plt.load(ref.at[piece]).astype(jnp.float32)[None]
-
-    parts = [_load(x.at[rows, piece], mask).astype(jnp.float32) for piece in pieces]
-    mean = total(parts) / d
-    parts = [part - mean for part in parts]
-    norm = lax.rsqrt(total([part * part for part in parts]) / d + fused.EPS)
-    modulated = zip(parts, pieces, strict=True)
-    parts = [part * norm * (1 + channels(scale, piece)) + channels(shift, piece) for part, piece in modulated]
-    largest = functools.reduce(jnp.maximum, (jnp.abs(part).max(-1) for part in parts))
-    largest = jnp.maximum(largest, reference.SMALLEST)
-    # A GPU's maximum passes over NaN, which must reach the scale: a sum does not.
-    plt.store(row_scale.at[rows], largest / 127 + 0 * total(parts)[:, 0], mask=real_rows)
-    for part, piece in zip(parts, pieces, strict=True):
-        whole = _round(part * (127 / largest)[:, None], interpret=interpret)
-        plt.store(q.at[rows, piece], whole, mask=mask)
-
-
-def _launch(
+def launch(
     kernel: functools.partial,
     operands: list[Array | None],
     out: Any,
@@ -228,8 +206,15 @@ def _launch(
     **compiler: int,
 ):
     """Runs `kernel` over whole operands in global memory; an operand that is None reaches the kernel as None. reused:
-    the index of the operand in whose place the output may be written."""
+    the index of the operand in whose place the output may be written. ValueError for an array too large for the
+    offsets of its elements."""
     given = [operand for operand in operands if operand is not None]
+    for array in (*given, *jax.tree.leaves(out)):
+        if array.size > WRAPS[0] and array.size * array.dtype.itemsize <= WRAPS[1]:
+            raise ValueError(
+                f"{array.dtype} {list(array.shape)} has {array.size:,} elements, and a kernel counts them up to "
+                f"{WRAPS[0]:,}: use fewer rows or layers at once, or implementation='xla'"
+            )
 
     def body(*refs):
         left = iter(refs)
@@ -283,7 +268,7 @@ def matmul(
     operands = [None if layer is None else layer.astype(jnp.int32)[None], x, row_scale, packed, scale, bias, *extra]
     # Each program reads its own tile of the residual and no other: a loop then needs no copy of what it carries.
     in_place = isinstance(epilogue, fused.GatedResidual) and epilogue.residual.dtype == jnp.dtype(out_dtype)
-    return _launch(
+    return launch(
         functools.partial(_matmul_kernel, settings=settings, interpret=interpret, finish=finish, first=first),
         operands,
         jax.ShapeDtypeStruct((m, last - first), out_dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
@@ -293,15 +278,3 @@ def matmul(
         num_warps=settings.num_warps,
         num_stages=settings.num_stages,
     )
-
-
-def norm_modulate_quantize(
-    x: Float[Array, "m d"], shift: Float[Array, " d"], scale: Float[Array, " d"], *, interpret: bool = False
-) -> tuple[Int8[Array, "m d"], Float[Array, " m"]]:
-    """quantize_rows(layer_norm(x) * (1 + scale) + shift) -> int8 [m, d] and float32 [m]."""
-    (m, d), axes = x.shape, jax.typeof(x).manual_axis_type
-    out = [jax.ShapeDtypeStruct((m, d), jnp.int8, manual_axis_type=axes)]
-    out.append(jax.ShapeDtypeStruct((m,), jnp.float32, manual_axis_type=axes))
-    kernel = functools.partial(_norm_modulate_quantize_kernel, interpret=interpret)
-    q, row_scale = _launch(kernel, [x, shift, scale], out, pl.cdiv(m, NORM_ROWS), interpret, num_warps=8, num_stages=1)
-    return q, row_scale

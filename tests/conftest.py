@@ -27,6 +27,16 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--compile-kernels-for",
+        nargs="+",
+        default=[],
+        metavar="GPU",
+        help="also compile, for GPUs that are not here, each call of a kernel that tests/kernels interprets",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kept_programs():
     """Most of the time goes into compiling, and the same tiny models come again and again. A cache for each worker, and

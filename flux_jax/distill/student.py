@@ -21,10 +21,11 @@ from jaxtyping import Array, Float, Int8
 
 from flux_jax.distill.options import Options
 from flux_jax.models.linear import Linear, per_channel
-from flux_jax.models.mixed import accumulated, mixed_product
+from flux_jax.models.mixed import mixed_product
 from flux_jax.parts import dotted
 from flux_jax.quantize import is_ternary, ternarize
 from pallas_kernels import quantize_rows
+from pallas_kernels.reference import dot
 
 LARGEST = 1.5  # of a latent: farther out it acts alike, and would only take longer to come back
 SMALLEST = 1e-12  # of a scale: a row of zeros has a logarithm, too
@@ -77,7 +78,7 @@ class LatentLinear(nnx.Module):
             operand = straight_through(x / row_scale.astype(x.dtype), integers.astype(x.dtype))
         weight = straight_through(latent, codes(latent)).astype(x.dtype)
         mixed = self.products == "bfloat16" and x.dtype == jnp.float32
-        y = mixed_product(operand, weight) if mixed else accumulated(operand, weight)
+        y = mixed_product(operand, weight) if mixed else dot(operand, weight, jnp.float32)
         y = y * per_channel(jnp.broadcast_to(jnp.exp(self.log_scale[...]), y.shape[-1:]), y)
         if row_scale is not None:
             y = y * row_scale

@@ -1,6 +1,6 @@
-"""Rotary positions and attention.
+"""Rotary positions, and the attention of every part.
 
-In: queries, keys and values [b, t, heads, d]; position ids [t, axes]. Out: attended values [b, t, heads, d].
+In: queries, keys and values [b, t, heads, d]; position ids [t, axes]. Out: attended values [b, t, heads * d].
 """
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import current_target
+from pallas_kernels.reference import precision
 
 
 def rotary(ids: np.ndarray, axes_dim: tuple[int, ...], theta: float) -> np.ndarray:
@@ -36,17 +37,37 @@ def rotate(x: Float[Array, "b t h d"], rope: Float[Array, "2 t d/2"]) -> Float[A
     return turned.reshape(x.shape).astype(x.dtype)
 
 
+def softmax_attention(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s h d"],
+    v: Float[Array, "b s h d"],
+    *,
+    scale: float | None = None,
+    bias: Float[Array, "1 #h t s"] | None = None,
+) -> Float[Array, "b t h*d"]:
+    """softmax(scale q k^T + bias) v, heads joined in the last axis; logits stay in float32 through the softmax.
+
+    scale: 1 / sqrt(d) where None; bias float32, -inf for a key that a query may not see.
+    """
+    how = {"precision": precision(q.dtype)}
+    logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32, **how)
+    logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = jax.nn.softmax(logits if bias is None else logits + bias).astype(v.dtype)
+    return jnp.einsum("bhts,bshd->bthd", weights, v, **how).reshape(*q.shape[:2], -1)
+
+
 def attention(
     q: Float[Array, "b t h d"], k: Float[Array, "b t h d"], v: Float[Array, "b t h d"]
 ) -> Float[Array, "b t h*d"]:
     """softmax(q k^T / sqrt(d)) v over all tokens, heads joined in the last axis; q and k are turned already.
 
     cuDNN's fused kernel runs where it can (a GPU from compute capability 8.0 and 16-bit types: no logits in memory),
-    XLA's elsewhere.
+    `softmax_attention` elsewhere.
     """
     target = current_target()
     ampere = target.platform == "gpu" and int(target.compute_capability.partition(".")[0]) >= 8
-    fused = ampere and q.dtype in (jnp.bfloat16, jnp.float16)
+    if not ampere or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return softmax_attention(q, k, v)
     with jax.numpy_dtype_promotion("standard"):  # JAX's own code promotes inside, also where ours may not
-        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+        out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     return out.reshape(*out.shape[:2], -1)

@@ -56,9 +56,9 @@ class Stream(nnx.Module):
     ) -> Float[Array, "b t d"]:
         """x with what attention found, and then with what the MLP makes of it; mod: gate; shift, scale and gate."""
         gate, mlp_shift, mlp_scale, mlp_gate = mod
-        x = gated(self.proj, attended, gate, x)
+        x = gated(self.proj, [attended], gate, x)
         (hidden,) = modulated(self.mlp_in, x, mlp_shift, mlp_scale, (self.config.mlp_dim, Gelu()))
-        return gated(self.mlp_out, hidden, mlp_gate, x)
+        return gated(self.mlp_out, [hidden], mlp_gate, x)
 
 
 class DoubleBlock(nnx.Module):
@@ -105,4 +105,4 @@ class SingleBlock(nnx.Module):
         parts = projections(self.query_norm, self.key_norm, self.config.hidden_size, rope)
         *qkv, hidden = modulated(self.linear1, x, shift, scale, *parts, (self.config.mlp_dim, Gelu()))
         attended = attention(*(heads(y, self.config) for y in qkv))
-        return gated(self.linear2, jnp.concatenate([attended, hidden], axis=-1), gate, x)
+        return gated(self.linear2, [attended, hidden], gate, x)

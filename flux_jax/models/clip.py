@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flux_jax.config import CLIPConfig
+from flux_jax.models.attention import softmax_attention
 from flux_jax.models.linear import Embedding, LayerNorm, Linear, stack
 
 ACTIVATIONS = {
@@ -46,14 +47,11 @@ class CLIPLayer(nnx.Module):
         return x + self.fc2(ACTIVATIONS[self.activation](self.fc1(self.norm2(x))))
 
     def attention(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Tokens attend to all, or to themselves and those before; logits stay in float32 through the softmax."""
-        b, t, d = x.shape
+        """Tokens attend to all, or to themselves and those before."""
+        b, t, _ = x.shape
         q, k, v = (project(x).reshape(b, t, self.num_heads, -1) for project in (self.q, self.k, self.v))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        if self.causal:
-            logits = jnp.where(np.tri(t, dtype=bool)[None, None], logits, -jnp.inf)
-        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(x.dtype), v)
-        return self.out(y.reshape(b, t, d))
+        later = jnp.where(np.tri(t, dtype=bool), 0.0, -jnp.inf)[None, None] if self.causal else None
+        return self.out(softmax_attention(q, k, v, bias=later))
 
 
 class CLIPText(nnx.Module):

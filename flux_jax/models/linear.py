@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.reference import dot, precision
+
 
 def per_channel(v: Float[Array, " d"], like: Float[Array, "*b d"]) -> Float[Array, "*ones d"]:
     """v with leading axes of length one, so that it meets `like` without implicit rank promotion."""
@@ -19,7 +21,7 @@ def per_channel(v: Float[Array, " d"], like: Float[Array, "*b d"]) -> Float[Arra
 
 def product(x: Float[Array, "*b i"], weight: Float[Array, "o i"]) -> Float[Array, "*b o"]:
     """x @ weight.T in x's dtype."""
-    return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+    return dot(x, weight, x.dtype)
 
 
 class Linear(nnx.Module):
@@ -53,7 +55,12 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
         y = jax.lax.conv_general_dilated(
-            x, self.weight[...], (self.stride,) * 2, self.padding, dimension_numbers=("NHWC", "OIHW", "NHWC")
+            x,
+            self.weight[...],
+            (self.stride,) * 2,
+            self.padding,
+            dimension_numbers=("NHWC", "OIHW", "NHWC"),
+            precision=precision(x.dtype),
         )
         return y if self.bias is None else y + per_channel(self.bias[...], y)
 

@@ -11,15 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flux_jax.models.linear import Linear
-
-
-def _product(a: Array, a_axes: tuple[int, ...], b: Array, b_axes: tuple[int, ...]) -> Array:
-    return jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
-
-
-def accumulated(x: Float[Array, "*b i"], weight: Float[Array, "o i"]) -> Float[Array, "*b o"]:
-    """x @ weight.T in float32, of operands as they are."""
-    return _product(x, (x.ndim - 1,), weight, (1,))
+from pallas_kernels.reference import dot
 
 
 @jax.custom_vjp
@@ -30,13 +22,14 @@ def mixed_product(x: Float[Array, "*b i"], weight: Float[Array, "o i"]) -> Float
 
 def _forward(x, weight):
     rounded = x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
-    return accumulated(*rounded), rounded
+    return dot(*rounded, jnp.float32), rounded
 
 
 def _backward(rounded, gradient):
     x, weight = rounded
-    gradient, rows = gradient.astype(jnp.bfloat16), tuple(range(x.ndim - 1))
-    return _product(gradient, (x.ndim - 1,), weight, (0,)), _product(gradient, rows, x, rows)
+    gradient = gradient.astype(jnp.bfloat16)
+    rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+    return dot(gradient, weight.T, jnp.float32), dot(*(each.T for each in rows), jnp.float32)
 
 
 mixed_product.defvjp(_forward, _backward)

@@ -4,12 +4,13 @@ In: tokens [b, t, d] with a block's modulation vectors [b, d], and a linear of e
 
 A `Linear`, and a `TernaryLinear` whose activations keep their own type, do the parts one by one. Where a ternary layer
 rounds its activations to int8, the parts are kernels of `pallas_kernels.fused`: one goes over the tokens once for norm,
-modulation and rounding, whatever the number of products behind it; and a product ends with its GELU, the norm and the
-rotary turn of its heads, or gate and residual, so that its own output is never in memory. Those have no gradients: who
-takes gradients gets the parts one by one.
+modulation and rounding, whatever the number of products behind it; one joins what a product takes and rounds it; and a
+product ends with its GELU, the norm and the rotary turn of its heads, or gate and residual, so that its own output is
+never in memory. Those have no gradients: who takes
+gradients gets the parts one by one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -21,8 +22,7 @@ from jaxtyping import Array, Float
 from flux_jax.models.attention import rotate
 from flux_jax.models.linear import layer_norm, rms_norm
 from flux_jax.models.ternary import TernaryLinear
-from pallas_kernels import quantize_rows
-from pallas_kernels.fused import EPS, GatedResidual, Gelu, NormRotary, norm_modulate_quantize
+from pallas_kernels.fused import EPS, GatedResidual, Gelu, NormRotary, concatenate_quantize, norm_modulate_quantize
 
 
 def modulate(x: Float[Array, "b t d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b t d"]:
@@ -73,17 +73,24 @@ def _finished(y: Float[Array, "b t n"], epilogue: Gelu | NormRotary | None) -> F
 
 
 def gated(
-    linear: nnx.Module, x: Float[Array, "b t i"], gate: Float[Array, "b d"], residual: Float[Array, "b t d"]
+    linear: nnx.Module,
+    parts: Sequence[Float[Array, "b t _"]],
+    gate: Float[Array, "b d"],
+    residual: Float[Array, "b t d"],
 ) -> Float[Array, "b t d"]:
-    """residual + gate * linear(x): the way back into the residual stream."""
+    """residual + gate * linear(concatenate(parts)): the way back into the residual stream.
 
-    def apart(linear, x, gate, residual):
-        return residual + gate[:, None] * linear(x)
+    parts: the layer's inputs side by side, [b, t, i] in all. A ternary layer rounds them where they lie.
+    """
 
-    def fused(linear, x, gate, residual):
-        return linear.of_rows(*quantize_rows(x), residual.dtype, GatedResidual(gate, residual))
+    def apart(linear, parts, gate, residual):
+        return residual + gate[:, None] * linear(jnp.concatenate(parts, axis=-1))
 
-    return _either(fused, apart, linear)(linear, x, gate, residual)
+    def fused(linear, parts, gate, residual):
+        rows = concatenate_quantize(*parts, implementation=linear.implementation)
+        return linear.of_rows(*rows, residual.dtype, GatedResidual(gate, residual))
+
+    return _either(fused, apart, linear)(linear, tuple(parts), gate, residual)
 
 
 def _either(fused: Callable, apart: Callable, linear: nnx.Module) -> Callable:

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from flux_jax.config import T5Config
+from flux_jax.models.attention import softmax_attention
 from flux_jax.models.linear import Embedding, Linear, RMSNorm, stack
 
 
@@ -63,12 +64,10 @@ class T5Layer(nnx.Module):
         return x + self.wo((gate * self.wi_1(y).astype(jnp.float32)).astype(x.dtype))
 
     def attention(self, x: Float[Array, "b t d"], bias: Float[Array, "1 h t t"]) -> Float[Array, "b t d"]:
-        """All tokens attend to all; `bias` is added to the logits, which stay in float32 through the softmax."""
+        """All tokens attend to all; `bias` is added to the logits."""
         b, t, _ = x.shape
         q, k, v = (project(x).reshape(b, t, -1, self.head_dim) for project in (self.q, self.k, self.v))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) + bias
-        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(x.dtype), v)
-        return self.o(y.reshape(b, t, -1))
+        return self.o(softmax_attention(q, k, v, scale=1.0, bias=bias))
 
 
 class T5Encoder(nnx.Module):

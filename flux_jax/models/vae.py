@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flux_jax.config import VAEConfig
+from flux_jax.models.attention import softmax_attention
 from flux_jax.models.linear import Conv, Linear
 from flux_jax.tiling import by_strips, rows_within
 
@@ -97,12 +98,10 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"], strip_bytes: int | None = None) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
         y = self.norm(x).reshape(b, h * w, c)
-        keys, values = self.k(y), self.v(y)
+        keys, values = self.k(y)[:, :, None], self.v(y)[:, :, None]
 
         def attend(queries: Float[Array, "b q c"]) -> Float[Array, "b q c"]:
-            scores = jnp.einsum("bqc,bkc->bqk", self.q(queries), keys, preferred_element_type=jnp.float32)
-            weights = jax.nn.softmax(scores * c**-0.5).astype(x.dtype)
-            return self.out(jnp.einsum("bqk,bkc->bqc", weights, values))
+            return self.out(softmax_attention(self.q(queries)[:, :, None], keys, values))
 
         if strip_bytes is None:
             return x + attend(y).reshape(b, h, w, c)

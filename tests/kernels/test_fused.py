@@ -11,6 +11,7 @@ from pallas_kernels.fused import (
     Gelu,
     GeluQuantize,
     NormRotary,
+    concatenate_quantize,
     fused_matmul,
     norm_modulate_quantize,
 )
@@ -41,11 +42,29 @@ def test_norm_modulate_quantize(m, d, implementation):
     assert np.abs(np.asarray(q, np.float64) - ratio).max() < 0.5 + 1e-3
 
 
-def test_a_row_that_is_not_finite_says_so_in_its_scale(implementation):
-    x = np.asarray(rng(1).normal(size=(4, 64)), np.float32)
-    x[1, 3], x[2, 5] = np.nan, np.inf
-    _, row_scale = norm_modulate_quantize(jnp.asarray(x), *jnp.zeros((2, 64)), implementation=implementation)
-    assert np.isfinite(row_scale).tolist() == [True, False, False, True]
+@pytest.mark.parametrize(("m", "widths"), [(1, (64,)), (5, (96, 33)), (3, (1152, 4096))])
+def test_concatenate_quantize(m, widths, implementation):
+    x = np.asarray(rng(m).normal(1, 2, (m, sum(widths))), np.float32)
+    x[0] = 0  # a row of zeros keeps a scale above zero
+    parts = jnp.split(jnp.asarray(x), np.cumsum(widths)[:-1], axis=-1)
+    q, row_scale = concatenate_quantize(*parts, implementation=implementation)
+    assert q.dtype == jnp.int8 and q.shape == x.shape
+    assert row_scale[0] > 0 and not q[0].any()
+    np.testing.assert_allclose(row_scale[1:], np.abs(x[1:]).max(-1) / 127, rtol=1e-6)
+    ratio = x.astype(np.float64) / np.asarray(row_scale, np.float64)[:, None]
+    assert np.abs(np.asarray(q, np.float64) - ratio).max() < 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("name", ["norm", "concatenate"])
+def test_a_row_that_is_not_finite_says_so_in_its_scale(name, implementation):
+    x = np.asarray(rng(1).normal(size=(5, 64)), np.float32)
+    x[1, 3], x[2, 5], x[3, 7] = np.nan, np.inf, -np.nan
+    given, how = jnp.asarray(x), {"implementation": implementation}
+    if name == "norm":
+        _, row_scale = norm_modulate_quantize(given, *jnp.zeros((2, 64)), **how)
+    else:
+        _, row_scale = concatenate_quantize(given[:, :32], given[:, 32:], **how)
+    assert np.isfinite(row_scale).tolist() == [True, False, False, False, True]
 
 
 def product(m, n, k):

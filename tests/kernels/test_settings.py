@@ -18,6 +18,7 @@ A100, A10, H100 = (
 SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227}  # KiB a block may have, from NVIDIA's programming guide
 ITEMSIZE = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 FLUX = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (18432, 3072), (21504, 3072), (3072, 15360)]
+ROW = {"operand": "int8", "m": 512, "n": 3072, "k": 3072, "settings": s.asdict(s.Settings(64, 64, 128, 4, 2))}
 NANO = [(384, 128), (128, 128), (512, 128), (128, 512), (768, 128), (896, 128), (128, 640)]
 
 
@@ -96,10 +97,11 @@ def test_a_product_is_traced_for_the_target_that_is_told():
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("operand", ITEMSIZE)
-def test_heuristic_settings_fit_the_device(capability, operand):
+@pytest.mark.parametrize("epilogue", s.EPILOGUES)
+def test_heuristic_settings_fit_the_device(capability, operand, epilogue):
     for n, k in FLUX + NANO:
         for m in (1, 16, 17, 77, 512, 1024, 4608):
-            settings = s.heuristic(Target("gpu", capability), m, n, k, operand)
+            settings = s.heuristic(Target("gpu", capability), m, n, k, operand, epilogue)
             x = settings.block_m * settings.block_k * ITEMSIZE[operand]
             w = settings.block_n * settings.block_k // 4
             # The load pipeline's buffers; Hopper's asynchronous products hold x for one stage more.
@@ -112,7 +114,7 @@ def test_heuristic_settings_fit_the_device(capability, operand):
 def test_measured_settings_are_used_for_their_shape_and_near_it(tables):
     measured = [s.Settings(64, 64, 128, 4, 2), s.Settings(128, 64, 128, 4, 2)]
     rows = [
-        {"operand": "int8", "m": m, "n": 3072, "k": 3072, "settings": s.asdict(settings), "times_us": [1.5]}
+        {**ROW, "epilogue": "gelu", "m": m, "settings": s.asdict(settings)}
         for m, settings in zip((512, 4608), measured, strict=True)
     ]
     s.table_path("NVIDIA H100").write_text(
@@ -126,15 +128,17 @@ def test_measured_settings_are_used_for_their_shape_and_near_it(tables):
         (2400, measured[1]),
         (4608, measured[1]),
     ]:
-        assert s.choose_settings(H100, m, 3072, 3072, "int8") == expected
+        assert s.choose_settings(H100, m, 3072, 3072, "int8", "gelu") == expected
     for other in [
-        (250, 3072, 3072, "int8"),
-        (9300, 3072, 3072, "int8"),
-        (512, 3072, 12288, "int8"),
-        (512, 3072, 3072, "bfloat16"),
+        (250, 3072, 3072, "int8", "gelu"),
+        (9300, 3072, 3072, "int8", "gelu"),
+        (512, 3072, 12288, "int8", "gelu"),
+        (512, 3072, 3072, "bfloat16", "gelu"),
+        (512, 3072, 3072, "int8", "none"),
     ]:
         assert s.choose_settings(H100, *other) == s.heuristic(H100, *other)
-    assert s.choose_settings(A10, 512, 3072, 3072, "int8") == s.heuristic(A10, 512, 3072, 3072, "int8")
+    own = 512, 3072, 3072, "int8", "gelu"
+    assert s.choose_settings(A10, *own) == s.heuristic(A10, *own)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +147,7 @@ def test_measured_settings_are_used_for_their_shape_and_near_it(tables):
         ("{", "nvidia_h100.json is no table of measured settings: .*; tune again"),
         ('{"rows": []}', "nvidia_h100.json is no table"),
         ('{"rows": [{"settings": {"block_m": 3}}]}', "nvidia_h100.json is no table"),
+        (json.dumps({"rows": [ROW]}), "nvidia_h100.json is no table of measured settings: 'epilogue'; tune again"),
         ('{"layout": 99, "rows": []}', "nvidia_h100.json was measured with layout 99, and this is [0-9]+: tune again"),
     ],
 )

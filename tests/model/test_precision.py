@@ -1,0 +1,132 @@
+"""float32 means float32: in the programs of every part, each product of float32 operands asks for full precision, where
+a GPU would else round them to 10 bits (TF32).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from flux_jax.distill.options import Options
+from flux_jax.distill.student import student_of
+from flux_jax.models.attention import rotary
+from flux_jax.quantize import quantize_transformer
+from flux_jax.sampling import position_ids
+from pallas_kernels import Target, compiling_for, fused, pack_ternary, ternary_matmul
+
+TARGETS = {"cpu": Target("cpu"), "gpu": Target("gpu", "9.0", "NVIDIA H100")}
+PRODUCTS = ("dot_general", "conv_general_dilated")
+HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
+
+
+def equations(jaxpr):
+    """All of a program: of its loops, branches, gradients and kernels, too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(equation.params):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def products(function, *args):
+    """(inside a kernel, equation) of each product of float32 operands."""
+    jaxpr = jax.make_jaxpr(lambda *args: function(*args))(*args).jaxpr  # a new function: nothing was traced before
+    wide = [e for e in equations(jaxpr) if e.primitive.name in PRODUCTS]
+    return [e for e in wide if e.invars[0].aval.dtype == e.invars[1].aval.dtype == jnp.float32]
+
+
+def check(function, *args, at_least):
+    """at_least: how many products there are, so that no walk that sees nothing passes."""
+    found = products(function, *args)
+    assert len(found) >= at_least
+    assert [str(e) for e in found if e.params["precision"] != HIGHEST] == []
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    with compiling_for(TARGETS[request.param]):
+        yield
+
+
+@pytest.fixture(scope="module")
+def modules():
+    return tiny_model.modules(tiny_model.config())
+
+
+def velocity(transformer, img, txt, pooled):
+    """Of 2 x 3 image tokens and 5 of text."""
+    modulation = transformer.modulation(jnp.full(1, 0.7), jnp.full(1, 3.5), pooled)
+    rope = rotary(position_ids(2, 3, 5), transformer.config.axes_dim, transformer.config.theta)
+    return transformer(img, txt, modulation, jnp.asarray(rope))
+
+
+def inputs(config):
+    return jnp.ones((1, 6, config.in_channels)), jnp.ones((1, 5, config.text_dim)), jnp.ones((1, config.pooled_dim))
+
+
+@pytest.mark.parametrize("weights", ["dense", "bf16", "int8", "student"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_transformer(target, modules, weights, gradient):
+    """Ternary with either kind of activations, and as it learns; its linears are some 20, and attention two more a
+    block."""
+    transformer = modules["transformer"]
+    if weights == "student":
+        options = dataclasses.replace(Options(), products="float32")
+        transformer = student_of(quantize_copy(transformer), "", options)
+    elif weights != "dense":
+        transformer = quantize_transformer(transformer, activations=weights)
+
+    def loss(*args):
+        return jnp.square(velocity(transformer, *args)).sum()
+
+    check(jax.grad(loss, (0, 1, 2)) if gradient else loss, *inputs(transformer.config), at_least=10)
+
+
+def quantize_copy(transformer):
+    return jax.tree.map(lambda x: x, transformer)
+
+
+def test_text_encoders(target, modules):
+    ids = jnp.ones((1, 8), jnp.int32)
+    check(modules["t5"], ids, at_least=9)  # 7 linears and attention, in a layer that is scanned
+    check(modules["clip"], ids, at_least=8)
+
+
+@pytest.mark.parametrize("strip_bytes", [None, 1 << 12])
+def test_autoencoder(target, modules, strip_bytes):
+    vae = modules["vae"]
+    check(lambda x: vae.decode(x, strip_bytes), jnp.ones((1, 4, 4, 16)), at_least=30)
+    check(vae.encode, jnp.ones((1, 32, 32, 3)), at_least=20)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_kernels(implementation):
+    """The product and its gradient, and a product with an epilogue."""
+    codes = np.random.default_rng(0).integers(-1, 2, (48, 128), np.int8)
+    packed, scale = pack_ternary(codes), jnp.ones(48)
+
+    def plain(x):
+        return ternary_matmul(x, packed, scale, implementation=implementation).sum()
+
+    def finished(x):
+        return fused.fused_matmul(x, None, packed, scale, None, fused.Gelu(), implementation=implementation)
+
+    with compiling_for(TARGETS["gpu"]):
+        for program in (plain, jax.grad(plain), finished):
+            check(program, jnp.ones((8, 128)), at_least=1)
+
+
+def test_nothing_else_is_given_a_precision(modules):
+    """bfloat16 is what it was; and on a GPU cuDNN computes its attention."""
+    transformer = jax.tree.map(lambda x: x.astype(jnp.bfloat16), modules["transformer"])
+    args = [x.astype(jnp.bfloat16) for x in inputs(transformer.config)]
+    with compiling_for(TARGETS["gpu"]):
+        jaxpr = jax.make_jaxpr(lambda *args: velocity(transformer, *args))(*args).jaxpr
+    found = [e for e in equations(jaxpr) if e.primitive.name in PRODUCTS]
+    assert len(found) >= 10
+    assert {e.params["precision"] for e in found} == {None}
+    assert any("dot_product_attention" in e.primitive.name for e in equations(jaxpr))
