@@ -4,6 +4,7 @@ packing         the 2-bit layout of ternary weights: pack, unpack, validate
 ternary_matmul  the product with packed weights: checks, choice of backend, gradient
 reference       its XLA backend, for every device
 triton          its Triton backend, for NVIDIA GPUs of compute capability 8.0 and up
+triton_rows     rows of tokens rounded to int8, on the same GPUs: after a norm, or joined
 fused           products and norms with what stands before and behind them in one kernel, for inference
 settings        which backend and which tiles, for which device and shape
 """

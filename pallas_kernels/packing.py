@@ -44,10 +44,13 @@ def pack_ternary(codes: AnyArray) -> AnyArray:
     no values yet and are not looked at: call `validate` on the result.
     """
     check_array("codes", codes, "int8", "[..., n, k]")
-    if has_values(codes) and codes.size and (codes.min() < -1 or codes.max() > 1):
-        wrong = np.unique(np.clip(np.asarray(codes), -128, 127))
-        wrong = wrong[np.abs(wrong.astype(np.int16)) > 1]
-        raise ValueError(f"codes {list(codes.shape)} hold {wrong[0]}: a ternary code is -1, 0 or 1")
+    if has_values(codes) and codes.size:
+        with jax.ensure_compile_time_eval():  # around it something else may be traced
+            beyond = bool(codes.min() < -1 or codes.max() > 1)
+        if beyond:
+            wrong = np.unique(np.asarray(codes))
+            wrong = wrong[np.abs(wrong.astype(np.int16)) > 1]
+            raise ValueError(f"codes {list(codes.shape)} hold {wrong[0]}: a ternary code is -1, 0 or 1")
     *rows, k = codes.shape
     width = packed_width(k)
     padding = [(0, 0)] * len(rows) + [(0, 4 * width - k)]

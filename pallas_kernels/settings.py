@@ -145,8 +145,11 @@ def heuristic(target: Target, m: int, n: int, k: int, operand: str, epilogue: st
         return Settings(16, 64, block_k, 4, 3) if n >= 64 * 264 else Settings(16, 32, block_k, 4, 4)
     block_m = min(128, max(32, 1 << (m - 1).bit_length()))
     if _capability(target) < (9, 0):
-        block_m = block_m if operand == "int8" else min(64, block_m)
-        return Settings(block_m, 128, 128, 8 if block_m == 128 or operand != "int8" else 4, 3)
+        if operand != "int8":
+            return Settings(min(64, block_m), 128, 128, 8, 3)
+        # With these a tile of 128 tokens takes so many registers that a multiprocessor holds one block.
+        block_m = min(64, block_m) if epilogue in ("gated_residual", "gelu_quantize") else block_m
+        return Settings(block_m, 128, 128, 8 if block_m == 128 else 4, 3)
     if operand != "int8" or width % 256:  # a step of 256 codes would end in the middle
         return Settings(block_m, 128, 128, 4 if operand == "int8" else 8, 3)
     if block_m < 64:
