@@ -3,42 +3,52 @@
 In: a GPU; weights are random, of full size, and made there. Out, for each kind of weights: seconds of a picture and
 of a step for 50 and 28 steps, peak memory by the device's own counter, joules by NVML, and apart from them what
 compiling took; on the same machine also diffusers in bf16, eager and compiled, where torch and it are installed. With
---save also a chart. Every trial has a process of its own, whose peak is its own. Without a GPU: the memory of the
-compiled programs (see `bench.memory`), and no time.
+--save also a chart. Every trial has a process of its own, whose peak is its own, and a time box. Without a GPU: the
+memory of the compiled programs (see `bench.memory`), and no time.
+
+bf16's figures hold a cost that is not the products': the loop over the blocks copies each layer's weights out of their
+stack. So the bytes of these copies stand beside them, and `bench.baseline` gives the time without them.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 from bench import memory, power, process, reference, report, synthetic
+from bench.journal import Journal, sentence
 from flux_jax import aot
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.denoise import denoise
 from flux_jax.errors import UserError
 from flux_jax.memory import peak as device_peak
+from flux_jax.models import attention
+from pallas_kernels import Target
 
 DIFFUSERS = {"diffusers bf16": False, "diffusers bf16, compiled": True}  # name -> whether torch.compile is used
 TRIALS = (*memory.WEIGHTS, *DIFFUSERS)
 
 
 def trial(weights: str, config: FluxConfig, steps: Sequence[int], samples: int) -> dict[str, Any]:
-    """Runs one kind of weights here: {compile_seconds, peak_bytes, pictures: one for each number of steps}."""
+    """Runs one kind of weights here: {compile_seconds, peak_bytes, copied_bytes: of weights that each step copies out
+    of their stacks, pictures: one for each number of steps}."""
     transformer = synthetic.weights(memory.abstract_transformer(config, weights))
-    device, pictures, spent = jax.local_devices()[0], [], 0.0
+    device, pictures, spent, copied = jax.local_devices()[0], [], 0.0, 0
     for count in steps:
         noise, *rest = synthetic.inputs(config, count, *config.default_grid, jnp.bfloat16)
         start = time.perf_counter()
         program = denoise.lower(transformer, noise, *rest).compile()
         spent += time.perf_counter() - start
+        copied = memory.copied_in_loop(program.as_text() or "")
         jax.block_until_ready(program(transformer, noise + 0, *rest))
         seconds, before = [], power.joules()
         for _ in range(samples):
@@ -48,13 +58,52 @@ def trial(weights: str, config: FluxConfig, steps: Sequence[int], samples: int) 
             seconds.append(time.perf_counter() - start)
         joules = power.since(before, samples)
         pictures.append({"steps": count, "seconds": seconds, "joules": joules, "finite": bool(finite.all())})
-    return {"compile_seconds": spent, "peak_bytes": device_peak(device), "pictures": pictures}
+    found = {"compile_seconds": spent, "peak_bytes": device_peak(device), "copied_bytes": copied}
+    return found | {"pictures": pictures}
 
 
-def in_own_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The same by a new process; {"failure": its last words} where it failed."""
+def trial_with_any_attention(journal: Journal, weights: str, *how: Any) -> dict[str, Any]:
+    """`trial`; where cuDNN's attention fails, a row says so, and it runs once more with XLA's."""
+    try:
+        return trial(weights, *how)
+    except Exception as error:  # of many kinds, from tracing, compiling or running
+        if "cudnn" not in str(error).lower():
+            raise
+        journal.row(weights=weights, failure=sentence(error), then="once more with XLA's attention")
+    with attention_by_xla():
+        return trial(weights, *how) | {"attention": "XLA's attention"}
+
+
+@contextlib.contextmanager
+def attention_by_xla() -> Iterator[None]:
+    """Within it attention is traced as for a device that has no cuDNN."""
+    jax.clear_caches()  # what was traced before has cuDNN in it
+    with mock.patch.object(attention, "current_target", return_value=Target("cpu")):
+        yield
+
+
+def in_own_process(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """The same by a new process; {"failure": why} where it failed."""
     words = ["--trial", name, "--samples", str(args.samples), "--steps", *map(str, args.steps)]
-    return process.run(["-m", "bench.denoise", *words, *(["--tiny"] if args.tiny else [])]).result()
+    words += ["--tiny"] if args.tiny else []
+    return process.run(["-m", "bench.denoise", *words], seconds=min(args.trial_seconds, seconds)).result()
+
+
+def write(journal: Journal, name: str, found: dict[str, Any]) -> None:
+    """A trial's rows: one of the whole, and one for each number of steps."""
+    pictures = found.get("pictures", [])
+    journal.row(weights=name, **{key: value for key, value in found.items() if key != "pictures"})
+    for picture in pictures:
+        steps, seconds = picture["steps"], picture["seconds"]
+        journal.row(
+            weights=name,
+            steps=steps,
+            ms_a_step=1e3 * statistics.median(seconds) / steps,
+            least_ms=1e3 * min(seconds) / steps,
+            joules_a_step=picture["joules"] and picture["joules"] / steps,
+            seconds=seconds,
+            wrong=None if picture["finite"] else "not finite",
+        )
 
 
 def rows_of(name: str, found: dict[str, Any]) -> list[list[Any]]:
@@ -67,9 +116,16 @@ def rows_of(name: str, found: dict[str, Any]) -> list[list[Any]]:
     rows = []
     for picture in found["pictures"]:
         seconds = statistics.median(picture["seconds"])
-        note = "" if picture["finite"] else "NOT FINITE"
+        note = notes(found) if picture["finite"] else "NOT FINITE"
         rows.append([name, picture["steps"], seconds, 1e3 * seconds / picture["steps"], peak, picture["joules"], note])
     return rows
+
+
+def notes(found: dict[str, Any]) -> str:
+    """What a reader of the figures must know."""
+    copied = found.get("copied_bytes")
+    copies = f"copies {copied / memory.GIGABYTE:.3g} GB of weights a step: see bench.baseline" if copied else ""
+    return "; ".join(filter(None, [found.get("attention", ""), copies]))
 
 
 def chart(path: Path, title: str, found: dict[str, dict[str, Any]]) -> None:
@@ -101,11 +157,17 @@ def chart(path: Path, title: str, found: dict[str, dict[str, Any]]) -> None:
 def main(argv: Sequence[str]) -> None:
     args = options(argv)
     config = nano() if args.tiny else dev()
+    journal = report.journal(args)
     if args.trial is not None:
-        if args.trial in DIFFUSERS:
-            found = reference.trial(DIFFUSERS[args.trial], config, args.steps, args.samples, args.tiny)
-        else:
-            found = trial(args.trial, config, args.steps, args.samples)
+        try:
+            if args.trial in DIFFUSERS:
+                found = reference.trial(DIFFUSERS[args.trial], config, args.steps, args.samples, args.tiny)
+            else:
+                found = trial_with_any_attention(journal, args.trial, config, args.steps, args.samples)
+            write(journal, args.trial, found)
+        except UserError as error:  # what it needs is not here
+            found = {"failure": str(error)}
+            journal.row(weights=args.trial, skipped=str(error))
         print(json.dumps(found))
         return
     report.leave_memory()
@@ -115,7 +177,8 @@ def main(argv: Sequence[str]) -> None:
         found, where = {}, report.device()
         for name in args.trials:
             report.say(f"trial: {name}")
-            found[name] = in_own_process(name, args)
+            found[name] = in_own_process(name, args, journal.left())
+            write(journal, name, found[name])
     else:
         report.say(f"JAX finds no GPU: memory as compiled for {args.gpu}, and no time")
         found, where = compiled_memory(args.gpu, config, args.steps[0]), f"none: compiled ahead of time for {args.gpu}"
@@ -144,6 +207,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     add("--trials", nargs="+", default=list(TRIALS), choices=TRIALS, help="default: all")
     add("--trial", choices=TRIALS, help=argparse.SUPPRESS)  # one of them, in this process; prints its JSON
     add("--steps", nargs="+", type=int, default=None, help="numbers of steps (default: 50 and 28)")
+    add("--trial-seconds", type=float, default=900.0, help="at most for each trial (default: %(default)s)")
     add("--samples", type=int, default=3, help="pictures timed of each (default: 3)")
     add("--gpu", default="h100", help="without a GPU: compile for this one (default: h100)")
     add("--tiny", action="store_true", help="FLUX-nano on any device, to try the program; no time is printed")

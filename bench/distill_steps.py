@@ -3,7 +3,8 @@
 In: a device, a size, a number of points; weights, inputs and targets are random, of full size, and made there. Out, for
 a double and a single block: seconds of a step (median, quartiles), compiling apart from them, the device's own counter
 of peak memory beside the bytes that XLA planned, and the first and the last loss. Each kind has a process of its own,
-whose peak is its own. What to expect without a GPU tells `bench.distill`.
+whose peak is its own, and a time box; one that fails leaves the other's figures. What to expect without a GPU tells
+`bench.distill`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from bench import process, report, timing
+from bench import draw, process, report, timing
 from bench.distill import block_training, memory, parameter_count
 from bench.memory import GIGABYTE, image_tokens
 from flux_jax.config import FluxConfig, dev, nano
@@ -29,18 +30,20 @@ from flux_jax.inputs import parse_size
 from flux_jax.memory import peak
 
 KINDS = ("double_blocks", "single_blocks")
+LEAST_SECONDS = 10.0  # without which a kind is not begun
+SAID = 20  # lines of what a kind said on stderr that are said again
 
 
 def random(tree: Any, spread: float, seed: int) -> Any:
     """Normal numbers in the place of abstract arrays, on the device; logarithms of scales are about the width's."""
 
-    def fill(path: tuple, x: Any, key: jax.Array) -> jax.Array:
+    def fill(path: tuple, x: Any, seed: int) -> jax.Array:
         mean = -4.0 if training.kind(path) == "scale" else 0.0
-        return (mean + spread * jax.random.normal(key, x.shape, jnp.float32)).astype(x.dtype)
+        return (mean + spread * draw.normal(seed, x.shape, jnp.float32)).astype(x.dtype)
 
-    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(jax.tree.leaves(tree)))
-    keys = jax.tree.unflatten(jax.tree.structure(tree), list(keys))
-    return jax.jit(lambda keys: jax.tree_util.tree_map_with_path(fill, tree, keys))(keys)
+    count = len(jax.tree.leaves(tree))
+    seeds = jax.tree.unflatten(jax.tree.structure(tree), range(seed * count, (seed + 1) * count))
+    return jax.jit(lambda: jax.tree_util.tree_map_with_path(fill, tree, seeds))()
 
 
 def trial(kind: str, config: FluxConfig, options: Options, tokens: int, steps: int) -> dict[str, Any]:
@@ -66,7 +69,14 @@ def trial(kind: str, config: FluxConfig, options: Options, tokens: int, steps: i
         "peak_bytes": peak(jax.local_devices()[0]),
         "planned_bytes": memory(program)["peak_bytes"],
         "losses": [losses[0], losses[-1]],
+        **verdict(losses),
     }
+
+
+def verdict(losses: Sequence[float]) -> dict[str, str]:
+    """{"wrong": why} where steps on one batch do not learn it."""
+    learned = np.isfinite(losses).all() and losses[-1] < losses[0]
+    return {} if learned else {"wrong": f"the loss goes from {losses[0]:.4g} to {losses[-1]:.4g}"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -75,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
     add("--steps", type=int, default=50, help="measured steps of each kind of block (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="pixels (default: the model's)")
     add("--block-batch", type=int, default=1, help="points of a step (default: %(default)s)")
+    add("--kind-seconds", type=float, default=900.0, help="at most for each kind (default: %(default)s)")
     add("--tiny", action="store_true", help="FLUX-nano instead of FLUX.1-dev: to try this program")
     add("--kind", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -88,21 +99,27 @@ def main(argv: Sequence[str]) -> None:
         return
     report.leave_memory()
     report.has_gpu(args.tiny)
-    rows = []
+    journal, rows = report.journal(args), []
     for kind in KINDS:
-        report.say(kind)
-        found = process.run(["-m", "bench.distill_steps", *argv, "--kind", kind]).result()
-        if "failure" in found:
-            raise UserError(f"{kind}: {found['failure']}")
-        rows.append(found)
+
+        def job(kind: str = kind) -> dict[str, Any]:
+            box = min(args.kind_seconds, journal.left())
+            ended = process.run(["-m", "bench.distill_steps", *argv, "--kind", kind], seconds=box)
+            report.say("\n  ".join([kind, *ended.err[-SAID:]]))
+            return ended.result()
+
+        rows.append(journal.attempt({"kind": kind}, job, LEAST_SECONDS))
     cells = []
-    for row in rows:
+    for row in (row for row in rows if "losses" in row):
         counted = row["peak_bytes"] and row["peak_bytes"] / GIGABYTE
         sizes = [row["points"], row["parameters"] / 1e6, row["seconds"], row["compile_seconds"]]
         cells.append([row["block"], *sizes, counted, row["planned_bytes"] / GIGABYTE, *row["losses"]])
     header = ["block", "points", "M weights", "s a step", "s to compile", "peak GB", "planned GB", "first loss", "last"]
     print(report.table(header, cells))
     report.finish("distill_steps", {"steps": args.steps, "blocks": rows}, save=args.save)
+    bad = [(row["kind"], row.get("failure") or row.get("wrong")) for row in rows]
+    if said := "; ".join(f"{kind}: {why}" for kind, why in bad if why):
+        raise UserError(said, 1)
 
 
 if __name__ == "__main__":

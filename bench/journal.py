@@ -5,16 +5,20 @@ after every row. A row that the disk has no room for is said on stderr instead, 
 killed process left half is skipped when the rows are read.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
+import textwrap
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 SENTENCE = 300  # characters of a failure's message that are kept
+FRAMES = 6  # of its traceback that are printed, indented
 
 
 class Journal:
@@ -45,6 +49,8 @@ class Journal:
             found = job()
         except Exception as error:  # whatever one result raises must not cost the others
             found = {"failure": sentence(error)}
+            said = "".join(traceback.format_exception(error, limit=-FRAMES))
+            print(textwrap.indent(said, "  "), file=sys.stderr, flush=True)
         return self.row(**labels, **found)
 
 
@@ -58,14 +64,16 @@ def append(path: Path, row: dict[str, Any]) -> bool:
     """Adds one line, whole or not at all, and syncs it. False, and the row on stderr, where there is no room for it."""
     line = json.dumps(row, default=str)
     try:
-        with open(path, "ab+") as file:
+        with open(path, "ab+", buffering=0) as file:  # a buffer would try again what found no room
             end = file.seek(0, os.SEEK_END)
+            rest = b"\n" * _half_line(file, end) + line.encode() + b"\n"
             try:
-                file.write(b"\n" * _half_line(file, end) + line.encode() + b"\n")
-                file.flush()
+                while rest:
+                    rest = rest[file.write(rest) :]
                 os.fsync(file.fileno())
             except OSError:
-                file.truncate(end)
+                with contextlib.suppress(OSError):
+                    file.truncate(end)
                 raise
     except OSError as error:
         print(f"not written to {path} ({error.strerror}): {line}", file=sys.stderr, flush=True)

@@ -1,159 +1,159 @@
 """`python -m bench.kernels`: the ternary products of FLUX against bf16 through XLA, timed on the device and checked.
 
-In: a GPU (or, with --tiny, any device: small products, to try the program). Out: for every (n, k) of FLUX's ternary
-layers, and each number of rows m, the seconds of every implementation in `bench.products`, its rate, its share of what
-this device was measured to reach at best, its speed-up over bf16, and its error against float64 in the same run. Each
-sample loops on the device over more weights than a cache holds (`bench.timing`).
+In: a GPU (or, with --tiny, any device: small products, to try the program). Out: what this device reaches at best; for
+numbers of tokens m and the layers that run with so many, the seconds of each implementation, its rate, its share of
+that best, its speed-up over bf16, and its error in the same run; behind each number of tokens, each implementation's
+mean speed-up. A program that fails costs only its own row. Each sample loops on the device (`bench.timing`).
 """
 
 import argparse
-import contextlib
-import os
 import statistics
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bench import report, timing
-from bench.products import IMPLEMENTATIONS, LIMITS, error, expected, kernel, operands, quantized, shapes
+from bench import draw, report, timing
+from bench.implementations import IMPLEMENTATIONS, plain_case
+from bench.journal import Journal
+from bench.products import shapes
+from bench.timing import device_for
 from flux_jax.config import dev, nano
 from flux_jax.errors import UserError
-from pallas_kernels import Target, compiling_for
+from pallas_kernels.settings import FLOATING_ROWS, GEMV_ROWS
 
-FEW_ROWS = 16  # up to here the weights' bytes are the work, above it the arithmetic
-SMALLEST_CALL = 4e-6  # seconds, to guess how often a loop has to go round
-
-
-@contextlib.contextmanager
-def device_for(tiny: bool) -> Iterator[None]:
-    """The GPU; with `tiny` any device, on which the kernels are interpreted if it is not a GPU."""
-    with contextlib.nullcontext() if report.has_gpu(tiny) else compiling_for(Target("interpret", "9.0")):
-        yield
+# Tokens of a picture with its text, one step's modulation, the text, all steps' modulation; what matters most is first.
+ROWS = (4608, 1, 512, 28)
+# With many tokens floating activations go to XLA, with few to the kernel (`pallas_kernels.settings.choose`).
+MANY = ("bf16", "A8 kernel, int8 given", "A8 kernel", "A16 scratch", "A8 scratch")
+FEW = ("bf16", "A16 kernel", "A8 kernel", "A8 kernel, int8 given")
+MANY_TOO = (12288, 3072, "A16 kernel")  # whether it is right that the kernel does not take these
+TINY_ROWS = (33, 1)
 
 
-def measure(m: int, n: int, k: int, names: Sequence[str], samples: int, tiny: bool) -> list[dict[str, Any]]:
-    """The rows of one shape: all programs are compiled first, several at a time, and then run one by one."""
-    x, *sets = operands(m, n, k)
-    weights = dict(zip(("dense", "packed"), sets, strict=True))
-    plans = []
-    for name in names:
-        own, function = weights[IMPLEMENTATIONS[name].weights], IMPLEMENTATIONS[name].function
-        inputs = quantized(x) if function is kernel else x
-        copies = timing.copies(own, 1 if tiny else None)
-        guess = max(2 * m * n * k / 5e14, nbytes(own) / 2e12, SMALLEST_CALL)
-        rounds = 1 if tiny else timing.rounds_for(guess, len(copies))
-        plans.append((name, inputs, copies, rounds))
-    lowered = [timing.loop(IMPLEMENTATIONS[name].function, rounds).lower(i, c) for name, i, c, rounds in plans]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        compiled = list(pool.map(lambda program: program.compile(), lowered))
-    rows = []
-    for (name, inputs, copies, rounds), program in zip(plans, compiled, strict=True):
-        seconds = timing.samples(program, inputs, copies, rounds, samples)
-        outputs = program(inputs, copies)
-        _, activations, _ = IMPLEMENTATIONS[name]
-        right = expected(activations, x, copies[0])
-        wrong = max(error(y, right) for y in outputs)
-        row = {"m": m, "n": n, "k": k, "implementation": name, **timing.summary(seconds), "error": wrong}
-        rows.append(row | {"correct": wrong <= LIMITS[activations]})
-        del outputs
-    return rows
+def layers_of(m: int, names: Sequence[str]) -> bool:
+    """Whether one of these layers is to be measured with so many tokens: with one, every layer, for that is what their
+    bytes cost; with those of all steps, the modulation; with those of a text, its own layers; with more, all others."""
+    if m == 1:
+        return True
+    modulation = [name for name in names if name.endswith(".mod")]
+    if m < 64:
+        return bool(modulation)
+    others = [name for name in names if name not in modulation]
+    return any(".txt." in name for name in others) if m <= FLOATING_ROWS else bool(others)
 
 
-def nbytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+def groups(args: argparse.Namespace) -> list[tuple[int, list[tuple[int, int, str]]]]:
+    """m, and (n, k, implementation) of what is compared there, the largest shapes first. UserError: no such shape."""
+    every = shapes(nano() if args.tiny else dev())
+    if unknown := [shape for shape in args.shapes or () if shape not in every]:
+        known = ", ".join(f"{n}x{k}" for n, k in every)
+        raise UserError(f"--shapes must name some of {known}, not {', '.join(f'{n}x{k}' for n, k in unknown)}.")
+    found = []
+    for m in args.m or (TINY_ROWS if args.tiny else ROWS):
+        wanted = args.shapes or [shape for shape, names in every.items() if args.tiny or layers_of(m, names)]
+        wanted = sorted(wanted, key=lambda shape: -shape[0] * shape[1])
+        wanted = wanted[-1:] if args.tiny and not args.shapes else wanted
+        many = m > (GEMV_ROWS if args.tiny else FLOATING_ROWS)
+        names = args.implementations or (MANY if many else FEW)
+        products = [(*shape, name) for shape in wanted for name in names]
+        if many and MANY_TOO[:2] in wanted and not args.implementations:
+            products.append(MANY_TOO)
+        found.append((m, products))
+    return found
 
 
-def peaks(tiny: bool, samples: int) -> dict[str, float]:
-    """The best that this device was seen to do: bf16 and int8 products of XLA (operations a second), copying (bytes a
-    second, read and written)."""
+def ceilings(tiny: bool) -> list[timing.Case]:
+    """What a device can be seen to do at best: products of XLA, and copying."""
     edge, words = (256, 2**12) if tiny else (8192, 2**28)
-    key = jax.random.key(0)
-    normal = jax.random.normal(key, (edge, edge), jnp.bfloat16)
-    whole = jax.random.randint(key, (edge, edge), -127, 128, jnp.int8)
 
-    def product(a, b):
-        kind = jnp.bfloat16 if a.dtype == jnp.bfloat16 else jnp.int32
-        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=kind)
+    def product(name: str, sums: Any, made: Callable[[int], jax.Array]) -> timing.Case:
+        def operands() -> tuple[Any, Any, None]:
+            return made(0), made(1), None
 
-    cases = {
-        "bf16_operations": (product, normal, normal, 2 * edge**3, 5e14),
-        "int8_operations": (product, whole, whole, 2 * edge**3, 5e14),
-        "memory_bytes": (lambda _, w: w + 1, jnp.zeros(()), jnp.zeros(words), 8 * words, 2e12),
-    }
-    best = {}
-    for name, (operation, x, w, work, guess) in cases.items():
-        rounds = 1 if tiny else timing.rounds_for(work / guess, 2)
-        program = timing.loop(operation, rounds).lower(x, [w, w]).compile()
-        best[name] = work / min(timing.samples(program, x, [w, w], rounds, samples))
-    return best
+        def operation(a: jax.Array, b: jax.Array, _: Any) -> jax.Array:
+            return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=sums)
+
+        def figures(ran: timing.Ran) -> dict[str, float]:
+            return {"operations": 2 * edge**3 / ran.seconds}
+
+        return timing.Case({"ceiling": name}, operation, operands, figures, 2)
+
+    @jax.jit
+    def floats(seed: int) -> jax.Array:
+        return draw.normal(seed, (edge, edge))
+
+    @jax.jit
+    def integers(seed: int) -> jax.Array:
+        return draw.integers(seed, (edge, edge), -127, 127)
+
+    copy = timing.Case(
+        {"ceiling": "copy"},
+        lambda _, words, __: words + 1,
+        lambda: (None, jnp.zeros((words // 1024, 1024)), None),
+        lambda ran: {"bytes": 8 * words / ran.seconds},
+        2,
+    )
+    return [copy, product("bf16", jnp.bfloat16, floats), product("int8", jnp.int32, integers)]
 
 
-def rate(row: dict[str, Any], best: dict[str, float]) -> dict[str, float]:
-    """Operations a second, bytes of weights a second, and the share of the best of the one that limits."""
-    operations = 2 * row["m"] * row["n"] * row["k"] / row["seconds"]
-    implementation = IMPLEMENTATIONS[row["implementation"]]
-    bits = 16 if implementation.weights == "dense" else 2
-    read = row["n"] * row["k"] * bits / 8 / row["seconds"]
-    peak = best[f"{implementation.activations}_operations"]
-    share = read / best["memory_bytes"] if row["m"] <= FEW_ROWS else operations / peak
-    return {"tflops": operations / 1e12, "weight_gigabytes_per_second": read / 1e9, "share_of_peak": share}
-
-
-def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Adds to each row its speed-up over bf16; returns, for each implementation and m, the geometric mean and least."""
-    plain = {(row["m"], row["n"], row["k"]): row["seconds"] for row in rows if row["implementation"] == "bf16"}
-    for row in rows:
+def summarise(rows: Sequence[dict[str, Any]], journal: Journal) -> list[dict[str, Any]]:
+    """Adds to each row of a product its rates and shares of the ceilings, and its speed-up over bf16; returns, and
+    writes, a row for each implementation and m: the geometric mean of the speed-up, and the least."""
+    best = {row["ceiling"]: row.get("bytes", row.get("operations")) for row in rows if "ceiling" in row}
+    timed = [row for row in rows if "implementation" in row and "seconds" in row]
+    plain = {(row["m"], row["n"], row["k"]): row["seconds"] for row in timed if row["implementation"] == "bf16"}
+    for row in timed:
+        weights, activations, _ = IMPLEMENTATIONS[row["implementation"]]
+        read = row["n"] * row["k"] * (16 if weights == "dense" else 2) / 8 / row["seconds"]
+        few = row["m"] <= GEMV_ROWS  # where the weights' bytes are the work
+        peak, reached = best.get("copy" if few else activations), read if few else 1e12 * row["tflops"]
         seconds = plain.get((row["m"], row["n"], row["k"]))
+        row["weight_gigabytes_per_second"] = read / 1e9
+        row["share_of_peak"] = peak and reached / peak
         row["speedup"] = seconds and seconds / row["seconds"]
     found = []
-    for m, name in dict.fromkeys((row["m"], row["implementation"]) for row in rows):
-        speedups = [r["speedup"] for r in rows if (r["m"], r["implementation"]) == (m, name) and r["speedup"]]
+    for m, name in dict.fromkeys((row["m"], row["implementation"]) for row in timed):
+        speedups = [r["speedup"] for r in timed if (r["m"], r["implementation"]) == (m, name) and r["speedup"]]
         if speedups:
             mean = statistics.geometric_mean(speedups)
-            found.append({"m": m, "implementation": name, "geometric_mean": mean, "least": min(speedups)})
+            labels = {"m": m, "over_bf16": name, "shapes": len(speedups)}
+            found.append(journal.row(**labels, geometric_mean=mean, least=min(speedups)))
     return found
 
 
 def main(argv: Sequence[str]) -> None:
     args = options(argv)
-    names = args.implementations
-    config = nano() if args.tiny else dev()
-    every = shapes(config)
-    wanted = {shape: layers for shape, layers in every.items() if args.shapes is None or shape in args.shapes}
-    if not wanted:
-        raise UserError(f"--shapes must name some of {', '.join(f'{n}x{k}' for n, k in every)}.")
-    rows = []
+    journal, plan = report.journal(args), groups(args)
     with device_for(args.tiny):
-        best = peaks(args.tiny, args.samples)
-        for m in args.m or ([33, 1] if args.tiny else [4608, 1]):
-            for (n, k), layers in wanted.items():
-                report.say(f"{m} x {n} x {k}: {', '.join(layers)}")
-                rows += [row | rate(row, best) for row in measure(m, n, k, names, args.samples, args.tiny)]
-    summary = compare(rows)
-    print("best of this device: " + ", ".join(f"{name} {value / 1e12:.4g} T/s" for name, value in best.items()) + "\n")
+        how = {"tiny": args.tiny, "samples": args.samples}
+        rows, best, means = [], [], []
+        for m, products in plan:
+            report.say(f"{m} tokens: {len(products)} products")
+            found = timing.run([plain_case(m, *product) for product in products], journal, **how)
+            if not best and any(name == "bf16" for *_, name in products):
+                best = timing.run(ceilings(args.tiny), journal, **how)
+            means += summarise([*best, *found], journal)
+            rows += found
+    print(report.table(["best of this device", "T/s"], map(ceiling, best)), "\n")
     header = ["m", "n", "k", "implementation", "us", "quartiles", "TFLOP/s", "GB/s", "of best", "x bf16", "error"]
     print(report.table(header, map(line, rows)), "\n")
-    columns = ["m", "implementation", "geometric_mean", "least"]
-    print(
-        report.table(
-            ["m", "implementation", "x bf16, geometric mean", "least"], [[s[c] for c in columns] for s in summary]
-        )
-    )
-    wrong = sum(not row["correct"] for row in rows)
-    figures = {"tiny": args.tiny, "best": best, "summary": summary, "wrong": wrong, "products": rows}
+    print(report.table(["m", "implementation", "shapes", "x bf16, mean", "least"], [list(s.values()) for s in means]))
+    figures = {"tiny": args.tiny, "best": best, "summary": means, "wrong": timing.wrong(rows), "products": rows}
     report.finish("kernels", figures, save=args.save)
-    if wrong:
-        raise UserError(f"{wrong} results were wrong: see the column error", 1)
+    timing.refuse_wrong(rows)
+
+
+def ceiling(row: dict[str, Any]) -> list[Any]:
+    figure = row.get("bytes", row.get("operations"))
+    return [row["ceiling"], timing.missing(row) if figure is None else figure / 1e12]
 
 
 def line(row: dict[str, Any]) -> list[Any]:
-    low, high = (f"{q * 1e6:.1f}" for q in row["quartiles"])
-    figures = [row["tflops"], row["weight_gigabytes_per_second"], row["share_of_peak"], row["speedup"], row["error"]]
-    seconds = [f"{row['seconds'] * 1e6:.1f}", f"{low}..{high}"]
-    return [row["m"], row["n"], row["k"], row["implementation"], *seconds, *figures]
+    labels = [row["m"], row["n"], row["k"], row["implementation"]]
+    figures = ["tflops", "weight_gigabytes_per_second", "share_of_peak", "speedup", "error"]
+    return [*labels, *timing.cells(row), *map(row.get, figures)]
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -164,10 +164,10 @@ def shape(text: str) -> tuple[int, int]:
 def options(argv: Sequence[str]) -> argparse.Namespace:
     parser = report.parser("kernels", __doc__)
     add = parser.add_argument
-    add("--m", nargs="+", type=int, help="numbers of rows (default: 4608 and 1)")
-    add("--shapes", nargs="+", type=shape, metavar="NxK", help="default: all of FLUX's")
-    add("--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=list(IMPLEMENTATIONS))
-    add("--samples", type=int, default=9)
+    add("--m", nargs="+", type=int, help=f"numbers of tokens (default: {', '.join(map(str, ROWS))})")
+    add("--shapes", nargs="+", type=shape, metavar="NxK", help="default: those of the layers that run with so many")
+    add("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), help="default: those that suit so many")
+    add("--samples", type=int, default=timing.SAMPLES)
     add("--tiny", action="store_true", help="small products on any device, to try the program")
     return parser.parse_args(argv)
 

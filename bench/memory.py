@@ -110,6 +110,32 @@ def read_in_loop(text: str, transformer: nnx.Module) -> tuple[int, int]:
     return read, modulation
 
 
+def copied_in_loop(text: str) -> int:
+    """Bytes of weights that each step of a compiled loop copies out of the stacks of its layers.
+
+    A copy is a computation whose result is nothing but the slice [1, n, k] of an operand [layers, n, k]. The loop over
+    the layers runs it once for each, so that a step copies the whole stack. A slice that is used within its computation
+    is read where it lies, and does not count.
+    """
+    copied = 0
+    for computation in re.findall(r"^%\S+ \(.*?^}", text, re.MULTILINE | re.DOTALL):
+        calls = re.findall(r"(%\S+) = (?:\(.*?\)|\S+) ([a-z-]+)\((.*?)\)", computation)
+        operations = {name: (kind, re.findall(r"%[^\s,]+", operands)) for name, kind, operands in calls}
+        types = {name: found for name, *found in re.findall(r"(%\S+) = [a-z]+(\d+)[a-z\d]*\[([\d,]*)\]", computation)}
+        results = re.findall(r"^  ROOT (%\S+)", computation, re.MULTILINE)
+        while results:
+            result = results.pop()
+            kind, operands = operations.get(result, ("", []))
+            if kind in ("bitcast", "copy", "tuple"):
+                results += operands
+            elif kind == "dynamic-slice" and operands[0] in types:
+                bits, dims = types[operands[0]]
+                layers, *shape = map(int, dims.split(","))
+                if len(shape) == 2 and min(shape) > 1 and types[result][1] == f"1,{shape[0]},{shape[1]}":
+                    copied += layers * math.prod(shape) * int(bits) // 8
+    return copied
+
+
 def stored_bits(n: int, k: int, method: str, seed: int = 0) -> dict[str, float]:
     """Bits a weight of one layer [n, k] of normal weights, rounded by that method: in memory, and on disk as Orbax
     writes it (zstd). The codes' entropy is the least that any code of single weights could take."""

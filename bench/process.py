@@ -2,10 +2,11 @@
 
 In: the words behind `python`, seconds, environment variables. Out: `Ended`: how it ended and what it printed. The
 process leads a group of its own, which is killed as a whole at the end of its box, so that no compiler or test that it
-started lives on. What it prints is read as it comes, and copied to a log where one is given: the process never meets a
-full disk or a full pipe.
+started lives on; and it dies with the process that started it, whatever ended that. What it prints is read as it comes,
+and copied to a log where one is given: the process never meets a full disk or a full pipe.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -20,7 +21,17 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 LINES = 400  # of its output that are kept
+LOG_CHARACTERS = 2**20  # of its output that a log takes as they come; of more, the log gets the end
+LINE_CHARACTERS = 2**16  # of a line, which without an end would take all memory
 GRACE = 5.0  # seconds for readers of a killed process's output
+# What becomes the process: first it asks Linux to be killed when its parent dies (PR_SET_PDEATHSIG, SIGKILL), which
+# outlasts exec, and makes sure that the parent has not died before.
+START = """import ctypes, os, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
 
 
 class Ended(NamedTuple):
@@ -40,7 +51,8 @@ class Ended(NamedTuple):
             return f"killed at its time box, after {self.seconds:.0f} s"
         if self.status < 0:
             return f"killed by {signal.Signals(-self.status).name}"
-        said = [line for line in self.err if "Error" in line] or self.err
+        said = [line for line in self.err if line[:1].strip()]  # what is indented only explains
+        said = [line for line in said if "Error" in line] or said
         return said[-1].strip()[:300] if said else f"exit status {self.status}"
 
     def result(self) -> dict[str, Any]:
@@ -60,13 +72,13 @@ def run(
     top of this process's. Never raises for what the process does."""
     begun = time.monotonic()
     child = subprocess.Popen(
-        [sys.executable, *words],
+        [sys.executable, "-ISc", START, str(os.getpid()), *words],
         cwd=ROOT,
         env={**os.environ, **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         start_new_session=True,
     )
@@ -90,20 +102,26 @@ def run(
 
 
 def _kill(child: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # where the whole group has ended
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # the whole group has ended
     child.wait()
 
 
 def _copy(pipe: Any, lines: deque, log: Path | None) -> None:
     """Reads until the end, whatever the log's disk says."""
-    for line in pipe:
-        lines.append(line.rstrip("\n"))
-        if log is not None:
-            try:
-                with open(log, "a") as file:
-                    file.write(line)
-            except OSError:
-                continue
+    read = 0
+    with pipe:
+        while line := pipe.readline(LINE_CHARACTERS):
+            lines.append(line.rstrip("\n"))
+            if read < LOG_CHARACTERS:
+                _append(log, line)
+            read += len(line)
+    if read > LOG_CHARACTERS:
+        _append(log, "\n".join(["...", *lines, ""]))
+
+
+def _append(log: Path | None, text: str) -> None:
+    """Where there is room for it: what is kept is enough."""
+    if log is not None:
+        with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
+            file.write(text)

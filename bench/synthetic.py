@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bench import draw
 from flux_jax.config import FluxConfig
 from flux_jax.denoise import Conditions
 from flux_jax.models.attention import rotary
@@ -21,6 +22,7 @@ from flux_jax.parts import STACKED
 from flux_jax.sampling import position_ids, sigmas
 
 DIGITS = (0b00, 0b01, 0b11)  # the bits of the codes 0, 1 and -1
+STRIDE = 1000  # between the seeds of two stacks: more than their layers
 BYTES = np.array([a | b << 2 | c << 4 | d << 6 for a, b, c, d in itertools.product(DIGITS, repeat=4)], np.uint8)
 
 
@@ -33,38 +35,37 @@ def weights(transformer: nnx.Module, seed: int = 0) -> nnx.Module:
         shape, dtype = variable.shape, jnp.dtype(variable.dtype)
         layers = shape[0] if path[0] in STACKED else 1
         one = shape[1:] if path[0] in STACKED else shape
-        key = jax.random.key(seed + i, impl="rbg")  # as quick as the device can write
         spread = (1.5 / inputs.get(path[:-1], one[-1])) ** 0.5  # two codes of three are not zero
         kind = "norm" if "norm" in path[-2] else path[-1]
-        filled.append((path, variable.replace(_stack(kind, layers, one, dtype, spread, key).reshape(shape))))
+        first = seed + i * STRIDE
+        filled.append((path, variable.replace(_stack(kind, layers, one, dtype, spread, first).reshape(shape))))
     return nnx.merge(definition, nnx.from_flat_state(filled))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _stack(kind: str, layers: int, shape: tuple[int, ...], dtype: Any, spread: Any, key: jax.Array) -> jax.Array:
+def _stack(kind: str, layers: int, shape: tuple[int, ...], dtype: Any, spread: Any, seed: Any) -> jax.Array:
     """[layers, *shape], made one layer after the other."""
 
-    def layer(key: jax.Array) -> jax.Array:
+    def layer(seed: jax.Array) -> jax.Array:
         if kind == "packed":
-            return jnp.asarray(BYTES)[jax.random.randint(key, shape, 0, len(BYTES))]
+            return jnp.asarray(BYTES)[draw.integers(seed, shape, 0, len(BYTES) - 1, jnp.int32)]
         if kind in ("norm", "scale"):
             return jnp.full(shape, 1.0 if kind == "norm" else spread, dtype)
-        return jax.random.normal(key, shape, dtype) * jnp.asarray(spread if kind == "weight" else 0.02, dtype)
+        return draw.normal(seed, shape, dtype) * jnp.asarray(spread if kind == "weight" else 0.02, dtype)
 
-    return jax.lax.map(layer, jax.random.split(key, layers))
+    return jax.lax.map(layer, jnp.asarray(seed, jnp.uint32) + jnp.arange(layers, dtype=jnp.uint32))
 
 
 def inputs(config: FluxConfig, steps: int, rows: int, columns: int, dtype: Any) -> tuple[Any, Any, Conditions]:
     """Noise [i, c], sigmas [steps + 1] and random conditions of one picture of rows x columns tokens."""
     transformer, text = config.transformer, config.sampling.max_sequence_length
-    keys = jax.random.split(jax.random.key(1), 3)
     ids = position_ids(rows, columns, text)
     conditions = Conditions(
-        text=jax.random.normal(keys[0], (1, text, transformer.text_dim), dtype),
-        pooled=jax.random.normal(keys[1], (1, transformer.pooled_dim), dtype),
+        text=draw.normal(0, (1, text, transformer.text_dim), dtype),
+        pooled=draw.normal(1, (1, transformer.pooled_dim), dtype),
         guidance=jnp.float32(3.5),
         true_cfg=jnp.float32(1.0),
         rope=jnp.asarray(rotary(ids, transformer.axes_dim, transformer.theta)),
     )
-    noise = jax.random.normal(keys[2], (rows * columns, transformer.in_channels), jnp.float32)
+    noise = draw.normal(2, (rows * columns, transformer.in_channels), jnp.float32)
     return noise, jnp.asarray(sigmas(config.sampling, steps, rows * columns)), conditions

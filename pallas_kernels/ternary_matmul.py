@@ -86,9 +86,7 @@ def _check(x: Any, packed: Any, scale: Any, bias: Any, layer: Any, *, activation
         if array.shape != packed.shape[:-1] or not jnp.issubdtype(array.dtype, jnp.floating):
             expected = f"floating {list(packed.shape[:-1])}, one for each row of packed {list(packed.shape)}"
             raise ValueError(f"{name} is {array.dtype} {list(array.shape)}: expected {expected}")
-    if (
-        has_values(scale) and not np.isfinite(np.asarray(scale, np.float32)).all()
-    ):  # jnp would trace
+    if has_values(scale) and not np.isfinite(np.asarray(scale, np.float32)).all():  # jnp would trace
         where = [int(i) for i in np.argwhere(~np.isfinite(np.asarray(scale, np.float32)))[0]]
         raise ValueError(f"scale {list(scale.shape)} is {scale[tuple(where)]} at {where}: expected finite values")
 

@@ -33,7 +33,7 @@ def test_channels_are_those_of_the_whole(weights, implementation, activations, c
 @pytest.mark.parametrize("layer", [None, 1])
 def test_gradients_reach_the_channels_that_were_asked_for(weights, layer):
     packed, scale, bias = weights if layer is not None else (a[1] for a in weights)
-    x = jnp.round(4 * jax.random.normal(jax.random.key(1), (M, K))) / 4  # sums are exact: the sine would tell their order
+    x = jnp.round(4 * jax.random.normal(jax.random.key(1), (M, K))) / 4  # exact sums: the sine tells their order
     index = None if layer is None else jnp.int32(layer)
 
     def total(x, scale, bias, channels, pick):
