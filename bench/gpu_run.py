@@ -53,15 +53,14 @@ def _bench(name: str, *words: str) -> list[str]:
     return ["-m", f"bench.{name}", *words]
 
 
-def _picture(name: str) -> list[str]:
-    return _bench("denoise", "--trial", name, "--steps", "8", "--samples", "4")
+def _picture(name: str, box: float = 80) -> Step:
+    words = _bench("denoise", "--trial", name)
+    return Step([*words, "--steps", "8", "--samples", "4"], box, 40, tiny=[*words, "--steps", "2", "--samples", "1"])
 
 
 def _tests(*files: str) -> list[str]:
-    """pytest with a plugin that writes rows; without the type checker and further processes where they are missing. On
-    a GPU JAX warns that it will drop its Triton backend, which is no failure of a test."""
+    """pytest with a plugin that writes rows; without the type checker and further processes where they are missing."""
     words = ["-m", "pytest", "-p", "bench.pytest_rows", *files, "-q", "--tb=line", "-p", "no:cacheprovider"]
-    words += ["-W", "ignore::DeprecationWarning"]
     if importlib.util.find_spec("xdist") and len(files) > 1:
         words += ["-n", "6"]
     return words if importlib.util.find_spec("beartype") else [*words, "-o", "addopts=--import-mode=importlib"]
@@ -73,10 +72,10 @@ STEPS = {
     "machine": Step(_bench("machine"), 40, 5),
     "correct": Step(_bench("correct"), 100, 25),
     "kernels": Step(_bench("kernels"), 120, 40),
-    "A8": Step(_picture("ternary A8"), 80, 40),
-    "bf16": Step(_picture("bf16"), 80, 40),
+    "A8": _picture("ternary A8"),
+    "bf16": _picture("bf16"),
     "baseline": Step(_bench("baseline"), 40, 15),
-    "A16": Step(_picture("ternary A16"), 80, 40),
+    "A16": _picture("ternary A16"),
     "fused": Step(_bench("fused"), 60, 20),
     "nano": Step(_bench("nano_latents"), 60, 20),
     "energy": Step(_bench("energy"), 30, 12),
@@ -92,13 +91,12 @@ STEPS = {
         _tests(*DEVICE_TESTS),
         120,
         45,
-        # Several processes share the GPU's memory; float32 is not to be rounded to 10 bits.
-        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DEFAULT_MATMUL_PRECISION": "highest"},
+        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # several processes share the GPU's memory
         tiny=_tests("tests/kernels/test_packing.py"),
     ),
     "tune": Step(_bench("tune", "--table", f"{OUT}/tuned.json"), 120, 40),
     "mosaic": Step(_bench("mosaic"), 60, 20),
-    "diffusers": Step(_picture("diffusers bf16"), 90, 45),
+    "diffusers": _picture("diffusers bf16", 90),
 }
 LATER = ("tune", "mosaic", "diffusers")  # not unless they are asked for
 

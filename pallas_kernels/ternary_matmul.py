@@ -133,7 +133,7 @@ def _backward(plan: Plan, saved, dy):
         return (a if layer is None else a[layer])[rows]
 
     dy = dy.astype(jnp.float32)
-    codes = unpack_ternary(pick(packed), x.shape[-1]).astype(x.dtype)
+    codes = jnp.asarray(unpack_ternary(pick(packed), x.shape[-1])).astype(x.dtype)
     dx = (dy * jnp.expand_dims(pick(scale).astype(jnp.float32), range(dy.ndim - 1))).astype(x.dtype)
     dx = reference.dot(dx, codes.T, jnp.float32).astype(x.dtype)
 

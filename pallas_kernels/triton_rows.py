@@ -95,7 +95,8 @@ def norm_modulate_quantize(
     x: Float[Array, "m d"], shift: Float[Array, " d"], scale: Float[Array, " d"], *, interpret: bool = False
 ) -> tuple[Int8[Array, "m d"], Float[Array, " m"]]:
     """quantize_rows(layer_norm(x) * (1 + scale) + shift) -> int8 [m, d] and float32 [m]."""
-    return _by_rows(_norm_modulate_quantize_kernel, (x, shift, scale), *x.shape, interpret)
+    m, d = x.shape
+    return _by_rows(_norm_modulate_quantize_kernel, (x, shift, scale), m, d, interpret)
 
 
 def concatenate_quantize(

@@ -28,8 +28,8 @@ def _forward(x, weight):
 def _backward(rounded, gradient):
     x, weight = rounded
     gradient = gradient.astype(jnp.bfloat16)
-    rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-    return dot(gradient, weight.T, jnp.float32), dot(*(each.T for each in rows), jnp.float32)
+    for_weight = gradient.reshape(-1, gradient.shape[-1]).T, x.reshape(-1, x.shape[-1]).T
+    return dot(gradient, weight.T, jnp.float32), dot(*for_weight, result=jnp.float32)
 
 
 mixed_product.defvjp(_forward, _backward)

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from bench import baseline, fused, implementations, kernels, mosaic, tiles, timing
+from bench import fused, implementations, kernels, mosaic, tiles, timing
 from flux_jax.config import dev
 from pallas_kernels import Target, compiling_for
 
@@ -16,13 +16,12 @@ HAS_MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
 
 
 def programs():
-    """What the benches time on a GPU at full size: of the tuner the first settings of each product, and of all that
-    differ in their channels alone one."""
+    """What the benches time on a GPU at full size by a kernel, or in its place: of the tuner the first settings of each
+    product, and of all that differ in their channels alone one."""
     plan = kernels.groups(kernels.options([]))
     cases = [implementations.plain_case(m, *product) for m, products in plan for product in products]
-    cases += [implementations.plain_case(4608, 12288, 3072, "fp8 scratch"), *kernels.ceilings(tiny=False)]
-    cases += map(baseline.product_case, baseline.layers(dev()))
-    cases += fused.cases(dev(), tiny=False)
+    cases.append(implementations.plain_case(4608, 12288, 3072, "fp8 scratch"))
+    cases += [case for case in fused.cases(dev(), tiny=False) if case.labels["implementation"] == "triton"]
     cases += mosaic.cases(*mosaic.SIZES[0], tiny=False) if HAS_MOSAIC else []
     for product in tiles.wanted(dev(), "int8"):
         settings = tiles.candidates(product, "int8", 128)[0]

@@ -27,10 +27,11 @@ def step(code="", box=30.0, least=0.0, **options):
     return Step(["-c", ROW + code], box, least, **options)
 
 
+GRANDCHILD = "import subprocess, time; rows.row(grandchild=subprocess.Popen(['sleep', '60']).pid)"
 FAKES = {
     "good": step(),
     "raises": step("raise RuntimeError('no tile fits')"),
-    "hangs": step("import time; time.sleep(60)", box=1),
+    "hangs": step(f"{GRANDCHILD}; time.sleep(60)", box=2),
     "killed": step("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
     "segfault": step("import ctypes; ctypes.string_at(0)"),
     "floods": step("for i in range(4000): print(i, 'x' * 80)"),
@@ -58,11 +59,13 @@ def ends(rows):
     return {row["step"]: row for row in rows if "exit" in row}
 
 
-def test_whatever_becomes_of_a_step_costs_only_itself(tmp_path, capsys):
+def test_whatever_becomes_of_a_step_costs_only_itself(tmp_path, capsys, dies):
     rows = visit(tmp_path / "new" / "out", FAKES)
     assert [row["step"] for row in rows if row.get("value") == 1] == list(FAKES)
     failures = {name: row["failure"].partition(", after")[0] for name, row in ends(rows).items() if "failure" in row}
     assert failures == FAILURES
+    (grandchild,) = (row["grandchild"] for row in rows if "grandchild" in row)
+    assert dies(grandchild)
     assert list(ends(rows)) == list(FAKES) and all(row["seconds"] < 50 for row in ends(rows).values())
     printed, summary = capsys.readouterr().out, (tmp_path / "new" / "out" / "summary.txt").read_text()
     for text in (printed, summary):
@@ -73,6 +76,20 @@ def test_whatever_becomes_of_a_step_costs_only_itself(tmp_path, capsys):
         assert places == sorted(places)
         assert all(f"failure {failure}" in text for failure in FAILURES.values())
     assert "3999 xxx" in (tmp_path / "new" / "out" / "log.txt").read_text()
+
+
+def test_a_step_for_which_there_is_no_process_costs_only_itself(tmp_path, monkeypatch):
+    run = process.run
+
+    def refused(words, **how):
+        if "--label" in words and words[words.index("--label") + 1] == "last":
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return run(words, **how)
+
+    monkeypatch.setattr(process, "run", refused)
+    rows = visit(tmp_path, {"last": step(), "good": step()})
+    assert rows[0]["failure"] == "BlockingIOError: [Errno 11] Resource temporarily unavailable"
+    assert rows[-1]["step"] == "good" and rows[-1]["exit"] == 0
 
 
 def test_a_visit_that_is_all_right_raises_nothing(tmp_path, capsys):
@@ -147,11 +164,13 @@ def test_what_fits_on_the_disk_is_there_and_the_rest_is_printed(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_who_ends_the_visit_gets_its_summary(number, tmp_path):
-    """The step in progress dies, nothing more is begun, and what is known is printed."""
+def test_who_ends_the_visit_gets_its_summary(number, tmp_path, dies):
+    """The step in progress dies, nothing more is begun, and what is known is printed, also when the signal comes again
+    in the middle of it."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_gpu_run import step; from bench import gpu_run\n"
+        "from test_gpu_run import step; from bench import gpu_run, summary; import os\n"
+        f"whole = summary.whole; summary.whole = lambda rows: (os.kill(os.getpid(), {int(number)}), whole(rows))[1]\n"
         "steps = {'good': step(), 'hangs': step('import time; time.sleep(60)'), 'last': step()}\n"
         "gpu_run.main(['--out', sys.argv[1]], steps)"
     )
@@ -162,7 +181,7 @@ def test_who_ends_the_visit_gets_its_summary(number, tmp_path):
             time.sleep(0.02)
         visiting.send_signal(number)
         printed, _ = visiting.communicate(timeout=20)
-    assert not Path(f"/proc/{held[0]['pid']}").exists()
+    assert dies(held[0]["pid"])
     rows = journal.read(path)
     assert rows[-1]["step"] == "hangs" and rows[-1]["failure"] == f"interrupted by {signal.Signals(number).name}"
     assert "== FAILED (1)" in printed and "== good (2)" in printed

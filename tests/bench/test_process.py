@@ -14,21 +14,6 @@ def run(code, **options):
     return process.run(["-c", code], **options)
 
 
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def dies(pid: int) -> bool:
-    """Within a second: who is killed needs a moment."""
-    end = time.monotonic() + 1
-    while lives(pid) and time.monotonic() < end:
-        time.sleep(0.01)
-    return not lives(pid)
-
-
 def test_the_result_is_the_last_line():
     ended = run("print('table'); print('{\"value\": 1.5}')")
     assert ended.failure is None and ended.result() == {"value": 1.5} and ended.out[0] == "table"
@@ -51,7 +36,7 @@ def test_a_failure_is_one_line(code, failure):
     assert run(code).result() == {"failure": failure}
 
 
-def test_a_process_that_hangs_dies_with_those_that_it_started():
+def test_a_process_that_hangs_dies_with_those_that_it_started(dies):
     code = "import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
     begun = time.monotonic()
     ended = run(code, seconds=1)
@@ -61,7 +46,7 @@ def test_a_process_that_hangs_dies_with_those_that_it_started():
 
 
 @pytest.mark.parametrize("killed", [True, False])
-def test_a_process_within_a_process_dies_with_the_outer_one(killed, tmp_path):
+def test_a_process_within_a_process_dies_with_the_outer_one(killed, dies, tmp_path):
     """At its time box, and where what is between is killed: the GPU that it holds is free for the next step."""
     file = tmp_path / "pid"
     inner = f"""import os, pathlib, signal, time
@@ -73,7 +58,7 @@ time.sleep(60)"""
     assert dies(int(file.read_text()))
 
 
-def test_one_that_ends_leaves_nothing_behind():
+def test_one_that_ends_leaves_nothing_behind(dies):
     code = "import subprocess; print(subprocess.Popen(['sleep', '60'], stdout=-3, stderr=-3).pid)"
     ended = run(code)
     assert ended.status == 0 and dies(int(ended.out[0]))
