@@ -139,7 +139,7 @@ def heuristic(target: Target, m: int, n: int, k: int, operand: str, epilogue: st
     """Settings for any device and shape: the widest tiles that spill no register and fit the shared memory."""
     width = 4 * packed_width(k)
     if operand == "float32":
-        return Settings(32, 64, 128, 4, 2)
+        return Settings(16, 32, 128, 4, 2)  # no tensor core multiplies it: products unroll, and compile for long
     if m <= GEMV_ROWS:
         block_k = 512 if width % 512 == 0 else 128
         return Settings(16, 64, block_k, 4, 3) if n >= 64 * 264 else Settings(16, 32, block_k, 4, 4)
