@@ -91,7 +91,7 @@ STEPS = {
         _tests(*DEVICE_TESTS),
         120,
         45,
-        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # several processes share the GPU's memory
+        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTEST_ADDOPTS": ""},  # several processes share the GPU's memory
         tiny=_tests("tests/kernels/test_packing.py"),
     ),
     "tune": Step(_bench("tune", "--table", f"{OUT}/tuned.json"), 120, 40),

@@ -55,8 +55,8 @@ def floating_product(
     *,
     out_dtype: DTypeLike,
 ) -> Float[Array, "m n"]:
-    """x @ codes.T * scale + bias, all of it in float32 but for the operands. A CPU is asked for no less: where it is
-    for bfloat16, it rounds between parts of the sum, too."""
+    """x @ codes.T * scale + bias, in float32 until the end: what a CPU does, which rounds between the parts of a sum,
+    too, where it is asked for bfloat16."""
     y = dot(x, codes, jnp.float32, x.dtype) * scale[None]
     return (y + bias.astype(jnp.float32)[None]).astype(out_dtype)
 
@@ -69,10 +69,10 @@ def dense_product(
     *,
     out_dtype: DTypeLike,
 ) -> Float[Array, "m n"]:
-    """x @ weight.T + bias with the weight codes * scale rounded to x's dtype: the product of a dense layer.
+    """x @ weight.T + bias, whose weight is codes * scale in x's dtype: a dense layer's product, what a GPU does.
 
-    On a GPU the bias, and a GELU behind it, are then the epilogue of cuBLAS's product. A scale behind the product is a
-    pass over the output, which takes up to a sixth of the product's time.
+    The bias, and a GELU behind it, are then the epilogue of cuBLAS's product. A scale behind the product would be a
+    pass over its output; by the bytes that it moves, a sixth of the product's time where k is 3072.
     """
     # XLA would join the products of one x to a single one, whose epilogue is neither one's bias nor the other's GELU.
     x, scale = jax.lax.optimization_barrier((x, scale))
@@ -106,9 +106,11 @@ def matmul(
     codes = jnp.asarray(unpack_ternary(packed, x.shape[-1]))
     bias = jnp.zeros_like(scale) if bias is None else bias
     if row_scale is None:
-        operands, how = (x, codes, scale, bias), {"out_dtype": out_dtype}
-        cpu, default = (functools.partial(product, **how) for product in (floating_product, dense_product))
-        return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
+        return jax.lax.platform_dependent(
+            *(x, codes, scale, bias),
+            cpu=functools.partial(floating_product, out_dtype=out_dtype),
+            default=functools.partial(dense_product, out_dtype=out_dtype),
+        )
     y = integer_sums(x, codes).astype(jnp.float32) * row_scale[:, None] * scale[None]
     return (y + bias.astype(jnp.float32)[None]).astype(out_dtype)
 

@@ -36,7 +36,7 @@ def rows_of(folder, *words):
     path = folder / "rows.jsonl"
     words = ["-m", "pytest", "-p", "bench.pytest_rows", *words, str(folder), "-q", "-p", "no:cacheprovider"]
     words += ["--rows", str(path), "--label", "tests", "--tiny"]
-    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     ended = subprocess.run([sys.executable, *words], cwd=process.ROOT, capture_output=True, env=alone)
     return ended.returncode, journal.read(path)
 

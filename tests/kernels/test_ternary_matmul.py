@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import pack_ternary, packed_width, quantize_rows, ternary_matmul
+from pallas_kernels import pack_ternary, packed_width, quantize_rows, reference, ternary_matmul
 
 RNG = np.random.default_rng(0)
 BFLOAT16 = 1e-2  # relative: x and y are rounded to 8 bits, sums are not
@@ -56,6 +56,27 @@ def test_product_equals_float64(implementation, dtype, activations, tolerance, s
     y = ternary_matmul(x, packed, scale, bias, activations=activations, implementation=implementation)
     assert y.dtype == x.dtype and y.shape == (m, n)
     assert error(y, exact(x, codes, scale, bias)) < tolerance
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_gpu_rounds_the_scale_of_many_rows(dtype):
+    """And nothing else: what XLA computes there is the dense product with that scale, here as on any device."""
+    codes, _, scale, bias = weights(40, 256)
+    x = inputs(33, 256, dtype=dtype)
+    y = reference.dense_product(x, *map(jnp.asarray, (codes, scale, bias)), out_dtype=jnp.dtype("float32"))
+    assert error(y, exact(x, codes, scale.astype(x.dtype), bias)) < FLOAT32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_backends_differ_by_the_rounding_of_scale_and_result(implementation, dtype):
+    """Half a unit in the last place of each at most, 2**-8 in bfloat16, beside float32's own rounding of the sums."""
+    codes, packed, scale, bias = weights(40, 256)
+    x, half = inputs(33, 256, dtype=dtype), float(jnp.finfo(dtype).eps) / 2
+    given = [jnp.asarray(a) for a in (x, codes, scale, bias)]
+    dense = np.asarray(reference.dense_product(*given, out_dtype=jnp.dtype("float32")), np.float64)
+    y = np.asarray(ternary_matmul(x, packed, scale, bias, implementation=implementation), np.float64)
+    sums = exact(np.abs(np.asarray(x, np.float64)), np.abs(codes), np.abs(scale))
+    assert (np.abs(y - dense) <= half * (sums + np.abs(y)) + FLOAT32 * sums).all()
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)

@@ -1,5 +1,5 @@
-"""float32 means float32: in the programs of every part, each product of float32 operands asks for full precision, where
-a GPU would else round them to 10 bits (TF32).
+"""float32 means float32: each product of float32 operands in the programs of every part asks for full precision; a GPU
+would else round them to 10 bits (TF32).
 """
 
 import dataclasses
@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
+from flax import nnx
 
 from flux_jax.distill.options import Options
 from flux_jax.distill.student import student_of
 from flux_jax.models.attention import rotary
 from flux_jax.quantize import quantize_transformer
 from flux_jax.sampling import position_ids
-from pallas_kernels import Target, compiling_for, fused, pack_ternary, ternary_matmul
+from pallas_kernels import Target, compiling_for, pack_ternary, ternary_matmul
+from pallas_kernels.fused import Gelu, fused_matmul
 
 GPU = Target("gpu", "9.0", "NVIDIA H100")
 PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -32,24 +34,20 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def products(function, *args):
-    """(inside a kernel, equation) of each product of float32 operands."""
-    jaxpr = jax.make_jaxpr(lambda *args: function(*args))(*args).jaxpr  # a new function: nothing was traced before
-    wide = [e for e in equations(jaxpr) if e.primitive.name in PRODUCTS]
-    return [e for e in wide if e.invars[0].aval.dtype == e.invars[1].aval.dtype == jnp.float32]
-
-
-def check(function, *args, at_least):
-    """at_least: how many products there are, so that no walk that sees nothing passes."""
-    found = products(function, *args)
-    assert len(found) >= at_least
-    assert [str(e) for e in found if e.params["precision"] != HIGHEST] == []
-
-
-@pytest.fixture
-def target():
+def traced(function, *args):
+    """The equations of a program for a GPU, which is not needed to trace it."""
     with compiling_for(GPU):
-        yield
+        return list(
+            equations(jax.make_jaxpr(lambda *args: function(*args))(*args).jaxpr)
+        )  # never what was traced before
+
+
+def check(function, *args, count):
+    """count: the products of float32 in it, fewer than which a walk sees only where it is blind."""
+    products = [e for e in traced(function, *args) if e.primitive.name in PRODUCTS]
+    wide = [e for e in products if {v.aval.dtype for v in e.invars} == {jnp.dtype(jnp.float32)}]
+    assert [str(e) for e in wide if e.params["precision"] != HIGHEST] == []
+    assert len(wide) >= count
 
 
 @pytest.fixture(scope="module")
@@ -68,56 +66,56 @@ def inputs(config):
     return jnp.ones((1, 6, config.in_channels)), jnp.ones((1, 5, config.text_dim)), jnp.ones((1, config.pooled_dim))
 
 
-@pytest.mark.parametrize("weights", ["dense", "bf16", "int8", "student"])
-def test_transformer(target, modules, weights):
-    """Its velocity and the gradient of that: ternary with either kind of activations, and as it learns; its linears are
-    some 20, and attention two more a block."""
-    transformer = modules["transformer"]
+# 10 linears outside of the blocks, 13 in a block of each kind, and two products of each of their attentions.
+@pytest.mark.parametrize(("weights", "count"), [("dense", 27), ("bf16", 27), ("int8", 14), ("student", 27)])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_transformer(modules, weights, count, gradient):
+    """Dense, ternary with either kind of activations (int8 are not products of float32), and while it learns."""
+    transformer = nnx.clone(modules["transformer"])
     if weights == "student":
-        options = dataclasses.replace(Options(), products="float32")
-        copy = jax.tree.map(lambda x: x, transformer)  # its layers are replaced in place
-        transformer = student_of(copy, "", options)
+        transformer = student_of(transformer, "", dataclasses.replace(Options(), products="float32"))
     elif weights != "dense":
         transformer = quantize_transformer(transformer, activations=weights)
 
-    def loss(*args):
+    def loss(transformer, *args):
         return jnp.square(velocity(transformer, *args)).sum()
 
-    check(jax.value_and_grad(loss, (0, 1, 2)), *inputs(transformer.config), at_least=20)
+    program = jax.grad(loss, (1, 2, 3)) if gradient else loss
+    check(program, transformer, *inputs(transformer.config), count=count)
 
 
-def test_text_encoders(target, modules):
+def test_text_encoders(modules):
     ids = jnp.ones((1, 8), jnp.int32)
-    check(modules["t5"], ids, at_least=9)  # 7 linears and attention, in a layer that is scanned
-    check(modules["clip"], ids, at_least=8)
+    for part, count in (("t5", 9), ("clip", 8)):  # 7 or 6 linears of a layer, and its attention
+        check(lambda module, ids: module(ids), modules[part], ids, count=count)
 
 
 @pytest.mark.parametrize("strip_bytes", [None, 1 << 12])
-def test_autoencoder(target, modules, strip_bytes):
-    vae = modules["vae"]
-    check(lambda x: vae.decode(x, strip_bytes), jnp.ones((1, 4, 4, 16)), at_least=30)
-    check(vae.encode, jnp.ones((1, 32, 32, 3)), at_least=20)
+def test_autoencoder(modules, strip_bytes):
+    """At least two convolutions for each residual block, of which the decoder has 10 and the encoder 6."""
+    latents, images = jnp.ones((1, 4, 8, 16)), jnp.ones((1, 32, 64, 3))
+    check(lambda vae, x: vae.decode(x, strip_bytes), modules["vae"], latents, count=26)
+    check(lambda vae, x: vae.encode(x), modules["vae"], images, count=18)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "triton"])
 def test_kernels(implementation):
-    """The product and its gradient, and a product with an epilogue."""
-    codes = np.random.default_rng(0).integers(-1, 2, (48, 128), np.int8)
-    packed, scale = jnp.asarray(pack_ternary(codes)), jnp.ones(48)
+    """The product, its gradient, and a product with an epilogue."""
+    packed = pack_ternary(np.random.default_rng(0).integers(-1, 2, (48, 128), np.int8))
+    how = {"implementation": implementation}
 
-    def plain(x):
-        return ternary_matmul(x, packed, scale, implementation=implementation).sum()
+    def plain(x, scale):
+        return ternary_matmul(x, packed, scale, **how).sum()
 
-    def finished(x):
-        return fused.fused_matmul(x, None, packed, scale, None, fused.Gelu(), implementation=implementation)
+    def finished(x, scale):
+        return fused_matmul(x, None, jnp.asarray(packed), scale, None, Gelu(), **how)
 
-    with compiling_for(GPU):
-        for program in (plain, jax.grad(plain), finished):
-            check(program, jnp.ones((8, 128)), at_least=1)
+    for program in (plain, jax.grad(plain), finished):
+        check(program, jnp.ones((8, 128)), jnp.ones(48), count=1)
 
 
-def test_nothing_else_is_given_a_precision(modules, monkeypatch):
-    """bfloat16 is what it was; and on a GPU cuDNN computes its attention, which is not here to be traced."""
+def test_what_is_no_float32_is_as_it_was(modules, monkeypatch):
+    """bfloat16 is given no precision, and its attention is still cuDNN's, which an older JAX traces only where it is."""
     by = []
 
     def fused_attention(q, k, v, *, implementation):
@@ -125,11 +123,11 @@ def test_nothing_else_is_given_a_precision(modules, monkeypatch):
         return q + k + v
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused_attention)
-    transformer = jax.tree.map(lambda x: x.astype(jnp.bfloat16), modules["transformer"])
-    args = [x.astype(jnp.bfloat16) for x in inputs(transformer.config)]
-    with compiling_for(GPU):
-        jaxpr = jax.make_jaxpr(lambda *args: velocity(transformer, *args))(*args).jaxpr
-    found = [e for e in equations(jaxpr) if e.primitive.name in PRODUCTS]
-    assert len(found) >= 10
-    assert {e.params["precision"] for e in found} == {None}
+    transformer, *args = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), (modules["transformer"], *inputs(modules["transformer"].config))
+    )
+    found = traced(velocity, transformer, *args)
+    products = [e for e in found if e.primitive.name in PRODUCTS]
+    assert len(products) >= 20
+    assert {e.params["precision"] for e in products} == {None}
     assert set(by) == {"cudnn"}

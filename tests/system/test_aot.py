@@ -21,13 +21,18 @@ needs_plugin = pytest.mark.skipif(not PRESENT, reason="needs JAX's CUDA plugin (
 # All compiling in one process of its own, in which JAX starts as `flux_jax.aot` wants it to. The product is traced for
 # the CPU first: what was traced for one device must not be taken for another.
 SCRIPT = """
-import json, sys
+import json, re, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from flux_jax import aot
 from flux_jax.models.attention import attention
+from flux_jax.models.linear import Linear
+from flux_jax.models.products import modulated
+from flux_jax.models.ternary import TernaryLinear
 from pallas_kernels import current_target, ternary_matmul
+from pallas_kernels.fused import Gelu
 
 shape = jax.ShapeDtypeStruct
 token, packed = shape((256, 128), jnp.bfloat16), shape((384, 32), jnp.uint8)
@@ -53,6 +58,35 @@ for name in sys.argv[2:]:
     }
 query = shape((1, 48, 2, 64), jnp.bfloat16)
 found["cudnn"] = aot.compile_for("a10", jax.jit(attention), query, query, query).as_text()
+
+def text(function, *args, dump=None):
+    options = {"xla_gpu_enable_triton_gemm": dump is not None}  # else by cuBLAS, in code of its own
+    return aot.compile_for("h100", jax.jit(function), *args, dump=dump, compiler_options=options).as_text()
+
+# The front of a single block with ternary weights and 16-bit activations, at FLUX's size: values, and the MLP's half.
+d, hidden = 3072, 12288
+weights = shape((d + hidden, d // 4), jnp.uint8), shape((d + hidden,), jnp.float32), shape((d + hidden,), jnp.bfloat16)
+front = lambda x, shift, *weights: modulated(
+    TernaryLinear(*weights, d_in=d), x, shift, shift, (d, None), (hidden, Gelu())
+)
+tokens, shift = shape((1, 4608, d), jnp.bfloat16), shape((1, d), jnp.bfloat16)
+program = text(front, tokens, shift, *weights)
+found["epilogues"] = sorted(re.findall(r'"epilogue":"(\\w+)"', program))
+found["passes"] = re.findall(r" = bf16\\[(?:1,)?4608,(?:3072|12288)\\]\\S* fusion\\(", program)
+
+linear, query = nnx.eval_shape(lambda: Linear(256, 384, rngs=nnx.Rngs(0))), shape((1, 128, 2, 64), jnp.float32)
+rows, codes = shape((256, 256), jnp.float32), (shape((384, 64), jnp.uint8), shape((384,), jnp.float32))
+float32 = {
+    "unasked": (lambda x: x @ x, rows),
+    "linear": (lambda linear, x: linear(x), linear, rows),
+    "attention": (lambda q: attention(q, q, q), query),
+    "A16": (lambda x, *codes: ternary_matmul(x, *codes, implementation="xla"), rows, *codes),
+    "kernel": (lambda x, *codes: ternary_matmul(x, *codes, implementation="triton"), rows, *codes),
+}
+for name, (function, *args) in float32.items():
+    dump = Path(sys.argv[1]) / name
+    text(function, *args, dump=dump)
+    found[name] = "".join(path.read_text() for path in dump.glob("*.ptx"))
 mesh = aot.mesh("h100", (2, 2), ("data", "model"))
 rows = shape((256, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data", "model")))
 whole = shape((256, 64), jnp.float32)
@@ -64,7 +98,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    words = [sys.executable, "-W", "error", "-c", SCRIPT, str(tmp_path_factory.mktemp("dump")), "h100", "a10"]
+    dump, quiet = tmp_path_factory.mktemp("dump"), "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+    words = [sys.executable, "-W", "error", "-W", quiet, "-c", SCRIPT, str(dump), "h100", "a10"]
     done = subprocess.run(words, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -89,6 +124,20 @@ def test_memory_is_that_of_the_arguments_and_results(found):
 @needs_plugin
 def test_attention_is_cudnns_on_a_gpu_that_is_not_there(found):
     assert "__cudnn$fmha" in found["cudnn"]
+
+
+@needs_plugin
+def test_bias_and_gelu_of_ternary_weights_are_cublas_epilogues(found):
+    """Of two products of the same tokens, which XLA would join; the one pass over [4608, 3072] is the norm in front."""
+    assert found["epilogues"] == ["BIAS", "BIAS_GELU"]
+    assert len(found["passes"]) == 1
+
+
+@needs_plugin
+@pytest.mark.parametrize("program", ["linear", "attention", "A16", "kernel"])
+def test_products_of_float32_are_not_rounded_to_tf32(found, program):
+    assert "tf32" in found["unasked"]  # what a GPU does with float32 that nobody asks to keep
+    assert ".entry" in found[program] and "tf32" not in found[program]
 
 
 @needs_plugin
