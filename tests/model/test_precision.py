@@ -115,7 +115,7 @@ def test_kernels(implementation):
 
 
 def test_what_is_no_float32_is_as_it_was(modules, monkeypatch):
-    """bfloat16 is given no precision, and its attention is still cuDNN's, which an older JAX traces only where it is."""
+    """bfloat16 is given no precision, and cuDNN still computes its attention, which is not here."""
     by = []
 
     def fused_attention(q, k, v, *, implementation):
