@@ -68,8 +68,7 @@ def inputs(config):
 
 # 10 linears outside of the blocks, 13 in a block of each kind, and two products of each of their attentions.
 @pytest.mark.parametrize(("weights", "count"), [("dense", 27), ("bf16", 27), ("int8", 14), ("student", 27)])
-@pytest.mark.parametrize("gradient", [False, True])
-def test_transformer(modules, weights, count, gradient):
+def test_transformer(modules, weights, count):
     """Dense, ternary with either kind of activations (int8 are not products of float32), and while it learns."""
     transformer = nnx.clone(modules["transformer"])
     if weights == "student":
@@ -80,8 +79,7 @@ def test_transformer(modules, weights, count, gradient):
     def loss(transformer, *args):
         return jnp.square(velocity(transformer, *args)).sum()
 
-    program = jax.grad(loss, (1, 2, 3)) if gradient else loss
-    check(program, transformer, *inputs(transformer.config), count=count)
+    check(jax.value_and_grad(loss, (1, 2, 3)), transformer, *inputs(transformer.config), count=count)
 
 
 def test_text_encoders(modules):
