@@ -33,7 +33,6 @@ class Architecture:
     """What all GPUs of a compute capability share. Source: CUDA C++ Programming Guide, "Compute Capabilities"."""
 
     compute_capability: tuple[int, int]
-    known_as: str  # the kind of a GPU of it that JAX knows without having one: Pallas lowers a kernel for no other
     threads_per_core: int
     fpus_per_core: int
     shared_memory_per_core: int  # bytes
@@ -46,10 +45,10 @@ class Architecture:
         return "sm_{}{}".format(*self.compute_capability) + "a" * self.accelerated
 
 
-AMPERE = Architecture((8, 0), "NVIDIA A100", 2048, 64, 167_936, 166_912)
-AMPERE_86 = Architecture((8, 6), "NVIDIA A10", 1536, 128, 102_400, 101_376)
-ADA = Architecture((8, 9), "NVIDIA L4", 1536, 128, 102_400, 101_376)
-HOPPER = Architecture((9, 0), "NVIDIA H100", 2048, 128, 233_472, 232_448, accelerated=True)
+AMPERE = Architecture((8, 0), 2048, 64, 167_936, 166_912)
+AMPERE_86 = Architecture((8, 6), 1536, 128, 102_400, 101_376)
+ADA = Architecture((8, 9), 1536, 128, 102_400, 101_376)
+HOPPER = Architecture((9, 0), 2048, 128, 233_472, 232_448, accelerated=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +116,9 @@ GPUS = {
     "rtx4090": Gpu("NVIDIA GeForce RTX 4090", ADA, 128, 25_386_352_640, 1008e9, 72 * MIB, 2.52),
 }
 
+# Pallas lowers a kernel for a GPU that is not there only where JAX knows its name: another of the same architecture.
+KNOWN_TO_PALLAS = {"NVIDIA L20": "NVIDIA L4"}
+
 
 def target(name: str) -> Gpu:
     """The GPU of that name (in any case). UserError if it is not described here."""
@@ -152,7 +154,7 @@ def mesh(name: str, shape: Sequence[int] = (1,), axes: Sequence[str] = ("device"
 def compiling_for(devices: Mesh) -> Iterator[None]:
     """Functions traced and lowered inside are meant for those devices: `pallas_kernels.current_target()` says so."""
     first = devices.devices.flat[0]
-    known_as = {gpu.kind: gpu.architecture.known_as for gpu in GPUS.values()}[first.device_kind]
+    known_as = KNOWN_TO_PALLAS.get(first.device_kind, first.device_kind)
     abstract = AbstractMesh(
         devices.axis_sizes,
         devices.axis_names,
