@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from bench import report, sass
+from bench.kernels import shape
 from bench.products import shapes
 from flux_jax import aot
 from flux_jax.config import dev
@@ -139,11 +140,6 @@ def line(row: dict[str, Any]) -> list[Any]:
     code = [row["registers"], row["spilled_bytes"], f"{row['shared_bytes'] / 1024:.0f}"]
     loop = [row["loop"].get(name) for name in LOOP]
     return [*labels, *code, row["blocks_per_multiprocessor"], mma, *loop, ", ".join(row["faults"]) or "ok"]
-
-
-def shape(text: str) -> tuple[int, int]:
-    n, k = text.split("x")
-    return int(n), int(k)
 
 
 def main(argv: Sequence[str]) -> None:

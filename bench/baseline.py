@@ -7,7 +7,6 @@ modulation, rotary embedding, gates and residuals are not in it, nor is what `be
 each layer's weights out of their stack: a bound from below on bf16, against which a speed-up is fair.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -89,7 +88,7 @@ def total(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    args = options(argv)
+    args = report.parser("baseline", __doc__, tiny="FLUX-nano on any device, to try the program").parse_args(argv)
     journal, config = report.journal(args), nano() if args.tiny else dev()
     with device_for(args.tiny):
         ordered = sorted(layers(config), key=lambda layer: -layer.calls * layer.m * layer.n * layer.k)
@@ -108,12 +107,6 @@ def main(argv: Sequence[str]) -> None:
 def line(row: dict[str, Any], columns: Sequence[str]) -> list[Any]:
     step = 1e3 * row["calls"] * row["seconds"] if "seconds" in row else None
     return [*map(row.get, columns), *timing.cells(row), row.get("tflops"), step]
-
-
-def options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = report.parser("baseline", __doc__)
-    parser.add_argument("--tiny", action="store_true", help="FLUX-nano on any device, to try the program")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

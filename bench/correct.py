@@ -6,6 +6,7 @@ not written: memory is full of NaN before. Whole matrices of integer sums, exact
 it, with its epilogue; edges, stacked layers, other tiles, all types of activations; norms and the rounding of rows.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ import numpy as np
 
 from bench import products, report
 from bench.journal import Journal
+from bench.summary import is_problem
+from bench.tiles import tile
 from bench.timing import device_for
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.errors import UserError
@@ -65,8 +68,7 @@ def distance(got: jax.Array, right: jax.Array) -> dict[str, float]:
 def _distance(got: jax.Array, right: jax.Array) -> tuple[jax.Array, ...]:
     got, right = got.astype(jnp.float32), right.astype(jnp.float32)
     off = jnp.abs(got - right)
-    error = jnp.where(jnp.isfinite(got).all(), off.max() / jnp.abs(right).max(), jnp.inf)
-    return error, off.max(), (off != 0).mean()
+    return products.relative_error(got, right), off.max(), (off != 0).mean()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -99,7 +101,7 @@ def integers(m: int, n: int, k: int, layers: int = 1, settings: Settings | None 
     how = {"settings": settings, "out_dtype": jnp.float32, "interpret": target.platform == "interpret"}
     program = jax.jit(lambda x, held, layer: triton.matmul(x, jnp.ones(m), bias=None, layer=layer, **held, **how))
     got, moved = runs(lambda: program(x, held, last(layers)), right)
-    found = {"tile": "x".join(map(str, vars(settings).values())), "moved": moved}
+    found = {"tile": tile(dataclasses.astuple(settings)), "moved": moved}
     return verdict(found | distance(got, right), {"differ": 0})
 
 
@@ -200,8 +202,8 @@ def cases(config: FluxConfig, tiny: bool) -> Iterator[tuple[str, Job]]:
     for name in ("gelu_quantize",) if tiny else EPILOGUES:
         yield f"{name} edge", functools.partial(epilogue, name, 33, 3 * head, 200, head)
     yield "integers, layer 2 of 3", functools.partial(integers, 33, 128, 256, 3)
-    for tile in () if tiny else TILINGS:
-        yield f"integers {tile}", functools.partial(integers, 4608, mlp, d, settings=Settings(*tile))
+    for tiling in () if tiny else TILINGS:
+        yield f"integers {tiling}", functools.partial(integers, 4608, mlp, d, settings=Settings(*tiling))
 
 
 def check(journal: Journal, named: Iterator[tuple[str, Job]], tiny: bool) -> None:
@@ -220,16 +222,14 @@ def check(journal: Journal, named: Iterator[tuple[str, Job]], tiny: bool) -> Non
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = report.parser("correct", __doc__)
-    parser.add_argument("--tiny", action="store_true", help="small cases on any device, to try the program")
-    args = parser.parse_args(argv)
+    args = report.parser("correct", __doc__, tiny="small cases on any device, to try the program").parse_args(argv)
     report.has_gpu(args.tiny)
     journal = report.journal(args)
     check(journal, cases(nano() if args.tiny else dev(), args.tiny), args.tiny)
     columns = ["case", "error", "differ", "moved", "wrong", "failure", "skipped"]
     print(report.table(columns, [[row.get(column) for column in columns] for row in journal.rows]))
     report.finish("correct", {"tiny": args.tiny, "cases": journal.rows}, save=args.save)
-    if bad := sum("wrong" in row or "failure" in row for row in journal.rows):
+    if bad := sum(map(is_problem, journal.rows)):
         raise UserError(f"{bad} of {len(journal.rows)} cases are wrong or failed", 1)
 
 

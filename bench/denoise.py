@@ -202,7 +202,7 @@ def compiled_memory(gpu: str, config: FluxConfig, steps: int) -> dict[str, Any]:
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = report.parser("denoise", __doc__)
+    parser = report.parser("denoise", __doc__, tiny="FLUX-nano on any device, to try the program; no time is printed")
     add = parser.add_argument
     add("--trials", nargs="+", default=list(TRIALS), choices=TRIALS, help="default: all")
     add("--trial", choices=TRIALS, help=argparse.SUPPRESS)  # one of them, in this process; prints its JSON
@@ -210,7 +210,6 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     add("--trial-seconds", type=float, default=900.0, help="at most for each trial (default: %(default)s)")
     add("--samples", type=int, default=3, help="pictures timed of each (default: 3)")
     add("--gpu", default="h100", help="without a GPU: compile for this one (default: h100)")
-    add("--tiny", action="store_true", help="FLUX-nano on any device, to try the program; no time is printed")
     args = parser.parse_args(argv)
     args.steps = args.steps or ([2] if args.tiny else [50, 28])
     if args.samples < 1 or min(args.steps) < 1:

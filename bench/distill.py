@@ -147,7 +147,7 @@ def hours(config: FluxConfig, options: Options, tokens: int, rate: float) -> lis
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = report.parser("distill", __doc__)
+    parser = report.parser("distill", __doc__, tiny="FLUX-nano instead of FLUX.1-dev: to try this program")
     add = parser.add_argument
     add("--gpus", nargs="+", default=["rtx4090", "h100"], metavar="GPU", help="(default: rtx4090 h100)")
     add("--size", type=parse_size, metavar="WxH", help="pixels (default: the model's)")
@@ -159,7 +159,6 @@ def main(argv: Sequence[str]) -> None:
         default=400.0,
         help="rate assumed of one GPU (default: %(default)s)",
     )
-    add("--tiny", action="store_true", help="FLUX-nano instead of FLUX.1-dev: to try this program")
     args = parser.parse_args(argv)
     config = nano() if args.tiny else dev()
     width, height = args.size or (config.sampling.width, config.sampling.height)

@@ -80,13 +80,12 @@ def verdict(losses: Sequence[float]) -> dict[str, str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = report.parser("distill_steps", __doc__)
+    parser = report.parser("distill_steps", __doc__, tiny="FLUX-nano instead of FLUX.1-dev: to try this program")
     add = parser.add_argument
     add("--steps", type=int, default=50, help="measured steps of each kind of block (default: %(default)s)")
     add("--size", type=parse_size, metavar="WxH", help="pixels (default: the model's)")
     add("--block-batch", type=int, default=1, help="points of a step (default: %(default)s)")
     add("--kind-seconds", type=float, default=900.0, help="at most for each kind (default: %(default)s)")
-    add("--tiny", action="store_true", help="FLUX-nano instead of FLUX.1-dev: to try this program")
     add("--kind", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.steps < 1 or args.block_batch < 1:

@@ -5,7 +5,6 @@ activations, given or rounded in front of each product: seconds and millijoules 
 and the clock of the multiprocessors in its later half, and the rate. Where NVML cannot be read, the row says so.
 """
 
-import argparse
 import statistics
 import threading
 import time
@@ -64,7 +63,7 @@ def spend(call: Callable[[], Any], calls: int, seconds: float) -> dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> None:
-    args = options(argv)
+    args = report.parser("energy", __doc__, tiny="FLUX-nano on any device, to try the program").parse_args(argv)
     journal, config = report.journal(args), nano() if args.tiny else dev()
     product = next(p for p in model_products(config) if p.epilogue == "gelu")
     with device_for(args.tiny):
@@ -81,12 +80,6 @@ def main(argv: Sequence[str]) -> None:
     columns = ["implementation", "seconds", "watts", "millijoules", "megahertz", "tflops", "note", "failure", "skipped"]
     print(report.table(columns, ([row.get(column) for column in columns] for row in journal.rows)), "\n")
     report.finish("energy", {"tiny": args.tiny, "rows": journal.rows}, save=args.save)
-
-
-def options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = report.parser("energy", __doc__)
-    parser.add_argument("--tiny", action="store_true", help="FLUX-nano on any device, to try the program")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ it ends with, by the Triton kernel and by XLA, and its error; of the norm with m
 rounding of what a block joins, with the bytes a second that they read and write; of a block's attention.
 """
 
-import argparse
 import functools
 import math
 from collections.abc import Sequence
@@ -68,7 +67,7 @@ def cases(config: FluxConfig, tiny: bool) -> list[timing.Case]:
 
 
 def main(argv: Sequence[str]) -> None:
-    args = options(argv)
+    args = report.parser("fused", __doc__, tiny="FLUX-nano on any device, to try the program").parse_args(argv)
     journal, config = report.journal(args), nano() if args.tiny else dev()
     with device_for(args.tiny):
         rows = timing.run(cases(config, args.tiny), journal, tiny=args.tiny)
@@ -83,12 +82,6 @@ def main(argv: Sequence[str]) -> None:
 def line(row: dict[str, Any], labels: Sequence[str], figures: Sequence[str]) -> list[Any]:
     name = row.get("kernel") or row.get("part") or f"product, {row['epilogue']}"
     return [name, *map(row.get, labels), *timing.cells(row), *map(row.get, figures)]
-
-
-def options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = report.parser("fused", __doc__)
-    parser.add_argument("--tiny", action="store_true", help="FLUX-nano on any device, to try the program")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -80,11 +80,9 @@ def ceilings(tiny: bool) -> list[timing.Case]:
 
         return timing.Case({"ceiling": name}, operation, operands, figures, 2)
 
-    @jax.jit
     def floats(seed: int) -> jax.Array:
         return draw.normal(seed, (edge, edge))
 
-    @jax.jit
     def integers(seed: int) -> jax.Array:
         return draw.integers(seed, (edge, edge), -127, 127)
 
@@ -162,13 +160,12 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = report.parser("kernels", __doc__)
+    parser = report.parser("kernels", __doc__, tiny="small products on any device, to try the program")
     add = parser.add_argument
     add("--m", nargs="+", type=int, help=f"numbers of tokens (default: {', '.join(map(str, ROWS))})")
     add("--shapes", nargs="+", type=shape, metavar="NxK", help="default: those of the layers that run with so many")
     add("--implementations", nargs="+", choices=list(IMPLEMENTATIONS), help="default: those that suit so many")
     add("--samples", type=int, default=timing.SAMPLES)
-    add("--tiny", action="store_true", help="small products on any device, to try the program")
     return parser.parse_args(argv)
 
 

@@ -4,7 +4,6 @@ In: nothing. Out: a row each for versions, host, card, JAX's device, and imports
 """
 
 import importlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -24,18 +23,6 @@ PACKAGES = (
 )  # fmt: skip
 CARD = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.sm,temperature.gpu"
 GIGABYTE = 1e9
-
-
-def installed(packages: Sequence[str]) -> dict[str, str | None]:
-    """The version of each, None for one that is not there."""
-
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {name: version(name) for name in packages}
 
 
 def host() -> dict[str, Any]:
@@ -72,11 +59,9 @@ def imports() -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = report.parser("machine", __doc__)
-    parser.add_argument("--tiny", action="store_true", help="the same")
-    args = parser.parse_args(argv)
+    args = report.parser("machine", __doc__, tiny="the same").parse_args(argv)
     journal = report.journal(args)
-    versions = {"python": platform.python_version()} | installed(PACKAGES)
+    versions = {"python": platform.python_version()} | {name: report.version(name) for name in PACKAGES}
     journal.row(versions=", ".join(f"{name} {version}" for name, version in versions.items() if version))
     journal.row(absent=", ".join(name for name, version in versions.items() if not version))
     rows = [journal.attempt({}, job) for job in (host, card, device, imports)]

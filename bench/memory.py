@@ -211,13 +211,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = report.parser("memory", __doc__)
+    parser = report.parser("memory", __doc__, tiny="FLUX-nano in place of FLUX.1-dev")
     add = parser.add_argument
     add("--gpus", nargs="+", default=GPUS, choices=sorted(aot.GPUS), metavar="GPU", help=f"of {', '.join(aot.GPUS)}")
     add("--weights", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS), help="kinds of weights")
     add("--size", type=parse_size, metavar="WxH", help="in pixels (default: the model's own)")
     add("--steps", type=int, default=50)
-    add("--tiny", action="store_true", help="FLUX-nano in place of FLUX.1-dev")
     return parser.parse_args(argv)
 
 

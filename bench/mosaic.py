@@ -6,7 +6,6 @@ the products with the most work, seconds and error of bf16, of the best of the T
 flattered: it leaves out scales and bias. Above 10 % it is worth building.
 """
 
-import argparse
 import dataclasses
 import functools
 import statistics
@@ -102,7 +101,8 @@ def verdict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    args = options(argv)
+    tiny = "small products on any device, to try the program"
+    args = report.parser("mosaic", __doc__, tiny=tiny).parse_args(argv)
     journal = report.journal(args)
     with device_for(args.tiny):
         rows = []
@@ -117,12 +117,6 @@ def main(argv: Sequence[str]) -> None:
     print(said or f"the best of Mosaic is {found['ahead_percent']:.1f} % quicker than the best of Triton", "\n")
     report.finish("mosaic", {"tiny": args.tiny, "verdict": found, "rows": rows}, save=args.save)
     timing.refuse_wrong(rows)
-
-
-def options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = report.parser("mosaic", __doc__)
-    parser.add_argument("--tiny", action="store_true", help="small products on any device, to try the program")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from bench import report
+from bench.summary import is_problem
 from flux_jax import FluxPipeline
 from flux_jax.errors import UserError
 from flux_jax.images import write_whole
@@ -27,6 +28,7 @@ PROMPTS = (
     "a purple triangle above an orange circle",
 )
 STEPS = 8
+TINY = "one picture of two steps by one model in float32, compared with itself"
 MODELS = {
     "nano-bf16": ("nano-bf16", {}),
     "nano-1.58bit A16": ("nano-1.58bit", {"activations": "bf16"}),
@@ -101,12 +103,12 @@ def main(argv: Sequence[str]) -> None:
             journal.attempt({"model": name, "dtype": dtype, "beside": beside}, job, least=3.0)
     print(report.table(list(journal.rows[0]), [[row.get(key) for key in journal.rows[0]] for row in journal.rows]))
     report.finish("nano_latents", {"tiny": args.tiny, "rows": journal.rows}, save=args.save)
-    if bad := sum("wrong" in row or "failure" in row for row in journal.rows):
+    if bad := sum(map(is_problem, journal.rows)):
         raise UserError(f"{bad} of {len(journal.rows)} are wrong or failed", 1)
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = report.parser("nano_latents", __doc__)
+    parser = report.parser("nano_latents", __doc__, tiny=TINY)
     add = parser.add_argument
     add("--reference", type=Path, metavar="FILE", help="write the float32 latents of this device, and no more")
     where = report.ROOT / ".gpu" / "nano_cpu.npz"
@@ -117,7 +119,6 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="latents to compare with (default: .gpu/nano_cpu.npz)",
     )
-    add("--tiny", action="store_true", help="one picture of two steps by one model in float32, compared with itself")
     return parser.parse_args(argv)
 
 

@@ -191,11 +191,12 @@ def judged(y: jax.Array, right: jax.Array, limit: float) -> dict[str, Any]:
 
 def error(y: jax.Array, right: jax.Array) -> float:
     """Largest error of y [m, n] over the largest value, on the rows of `expected`; infinite where y is not finite."""
-    return float(_error(y[checked_rows(len(y))], right))
+    return float(relative_error(y[checked_rows(len(y))], right))
 
 
 @jax.jit
-def _error(found, right):
+def relative_error(found: jax.Array, right: jax.Array) -> jax.Array:
+    """The same of all rows, of arrays of one shape, as a scalar; right: float32."""
     found = found.astype(jnp.float32)
     return jnp.where(jnp.isfinite(found).all(), jnp.abs(found - right).max() / jnp.abs(right).max(), jnp.inf)
 

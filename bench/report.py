@@ -27,14 +27,20 @@ RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "jax-cuda13-plugin")
 
 
-def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Options that every benchmark has: --save, and for `journal` --rows, --label and --seconds."""
-    made = argparse.ArgumentParser(
+def command_line(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Of a program of this folder, without options yet."""
+    return argparse.ArgumentParser(
         prog=f"python -m bench.{name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def parser(name: str, description: str | None, *, tiny: str | None = None) -> argparse.ArgumentParser:
+    """Options that every benchmark has: --save, and for `journal` --rows, --label and --seconds; and --tiny, for those
+    that say what it is."""
+    made = command_line(name, description)
     made.add_argument(
         "--save",
         nargs="?",
@@ -46,6 +52,8 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--rows", type=Path, metavar="FILE", help="append each result to a file the moment it is known")
     made.add_argument("--label", default=name, help="what the rows are called there (default: %(default)s)")
     made.add_argument("--seconds", type=float, default=math.inf, help="begin nothing more after so long")
+    if tiny is not None:
+        made.add_argument("--tiny", action="store_true", help=tiny)
     return made
 
 
@@ -84,11 +92,12 @@ def say(text: str) -> None:
 
 def versions() -> dict[str, str]:
     """Of Python, this package and JAX's parts, as far as they are installed."""
-    found = {"python": platform.python_version(), "flux-jax-ternary": _version("flux-jax-ternary") or "clone"}
-    return found | {name: version for name in PACKAGES if (version := _version(name))}
+    found = {"python": platform.python_version(), "flux-jax-ternary": version("flux-jax-ternary") or "clone"}
+    return found | {name: found_version for name in PACKAGES if (found_version := version(name))}
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of a package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

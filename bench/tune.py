@@ -146,7 +146,7 @@ def line(row: dict[str, Any]) -> list[Any]:
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = report.parser("tune", __doc__)
+    parser = report.parser("tune", __doc__, tiny="FLUX-nano on any device, to try the program; writes --table only")
     add = parser.add_argument
     add("--m", nargs="+", type=int, help="only products with so many tokens (default: all that the model has)")
     add("--shapes", nargs="+", type=shape, metavar="NxK", help="only these parts of layers (default: all)")
@@ -154,7 +154,6 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     add("--all", action="store_true", help="every setting that could suit: hours")
     add("--table", type=Path, metavar="FILE", help="default: pallas_kernels/tuned/<device>.json")
     add("--again", action="store_true", help="also what the table holds already")
-    add("--tiny", action="store_true", help="FLUX-nano on any device, to try the program; writes --table only")
     return parser.parse_args(argv)
 
 

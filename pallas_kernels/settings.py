@@ -155,8 +155,8 @@ def heuristic(target: Target, m: int, n: int, k: int, operand: str, epilogue: st
     if block_m < 64:
         return Settings(block_m, 128, 256, 4, 3)
 
-    def tiles(height: int, width: int) -> int:
-        return -(-m // height) * -(-n // width)
+    def tiles(tokens: int, channels: int) -> int:
+        return -(-m // tokens) * -(-n // channels)
 
     # On some 132 multiprocessors: along a long row, twice the work between two barriers; else two blocks on each, of
     # four warps, so that a barrier holds up one half of the work. A head with its norm and turn is 128 wide.
