@@ -46,6 +46,17 @@ def kept_programs():
     assert cache.enable() is not None
 
 
+@pytest.fixture(scope="module")
+def hasty_compiler():
+    """For tests that compare runs with runs, most of them of training, whose programs take longer to compile than to
+    run: XLA leaves its costly passes out, here and in the processes that such a test starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     """The same draws in every test, whatever ran before it; JAX needs none, its keys are explicit."""

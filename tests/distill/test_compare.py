@@ -12,6 +12,8 @@ from flux_jax import checkpoint
 from flux_jax.distill import compare
 from flux_jax.prompts import split
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -11,6 +11,7 @@ import tiny_distillation as tiny
 from flux_jax.distill import mesh as meshes
 from flux_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
 EIGHT = """
 import json, sys, pathlib
 import jax, numpy as np

@@ -25,6 +25,7 @@ from flux_jax.distill.trajectories import load_or_make
 from flux_jax.errors import UserError
 from flux_jax.prompts import held_out, split
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
 PHASES = ("double_blocks.0", "single_blocks.0")
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from flux_jax.evaluate.__main__ import main
 from flux_jax.pipeline import FluxPipeline
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
 ROOT = Path(__file__).parents[2]
 LINES = [{"tag": "colors", "include": [], "prompt": f"a {color} circle"} for color in ("red", "blue", "green")]
 

@@ -8,6 +8,7 @@ import pytest
 from flux_jax.config import VAEConfig
 from flux_jax.nano import autoencoder
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
 TINY = VAEConfig(latent_channels=4, channels=(4, 4), layers_per_block=1, norm_groups=2)
 
 

@@ -16,6 +16,7 @@ from flux_jax.nano.text import TextEncoders
 from flux_jax.nano.training import Recipe, Trainer
 from flux_jax.nano.world import COLORS, SHAPES
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
 SMALL = dataclasses.replace(
     nano(),
     transformer=dataclasses.replace(

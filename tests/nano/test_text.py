@@ -17,6 +17,7 @@ from flux_jax.nano.training import Recipe, Trainer
 from flux_jax.nano.vocabulary import build
 from flux_jax.tokenizers import Tokenizers
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
 SMALL = dataclasses.replace(
     nano(),
     t5=T5Config(vocab_size=256, d_model=16, d_ff=32, num_heads=2, head_dim=8, num_layers=2, max_distance=32),

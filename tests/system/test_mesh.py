@@ -20,6 +20,7 @@ from flux_jax.config import TransformerConfig
 from flux_jax.errors import UserError
 from flux_jax.quantize import quantize_transformer
 
+pytestmark = pytest.mark.usefixtures("hasty_compiler")
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a blue square", "two squares"]
 ROUNDING = 2e-5  # of the final latents' largest value: sums of float32 in another order, through all steps
