@@ -157,7 +157,8 @@ def test_what_fits_on_the_disk_is_there_and_the_rest_is_printed(tmp_path):
         "from test_gpu_run import FAKES; from bench import gpu_run; gpu_run.main(['--out', sys.argv[1]], FAKES)"
     )
     words = [sys.executable, "-c", code, str(tmp_path)]
-    ended = subprocess.run(words, cwd=process.ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the limit would cut it, and Python would keep it
+    ended = subprocess.run(words, cwd=process.ROOT, env=environment, capture_output=True, text=True)
     rows = journal.read(tmp_path / "results.jsonl")
     assert 0 < len(rows) < 10 and rows[0]["step"] == "good"
     assert "== WRONG (1)" in ended.stdout and "== FAILED (5)" in ended.stdout and "== good (2)" in ended.stdout

@@ -330,6 +330,7 @@ def test_a_full_disk(modules, tmp_path, monkeypatch):
 def test_writes_that_fail_in_orbax_itself(flushed, tmp_path, monkeypatch):
     """The same, with a real limit on the size of files instead of a full disk."""
     monkeypatch.setattr(trees, "FLUSH_BYTES", flushed)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # the limit would cut it, and Python would keep it
 
     def write():
         with Writer(tmp_path / "out") as writer:
