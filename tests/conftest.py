@@ -50,11 +50,13 @@ def kept_programs():
 def hasty_compiler():
     """For tests that compare runs with runs, most of them of training, whose programs take longer to compile than to
     run: XLA leaves its costly passes out, here and in the processes that such a test starts."""
+    option = "jax_disable_most_optimizations"
+    before = jax.config.read(option)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
+        patch.setenv(option.upper(), "1")
+        jax.config.update(option, True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update(option, before)
 
 
 @pytest.fixture(autouse=True)

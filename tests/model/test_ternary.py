@@ -19,6 +19,7 @@ from flux_jax.quantize import abstract_ternary, is_ternary, quantize_transformer
 from flux_jax.sampling import position_ids
 from pallas_kernels import Target, compiling_for, packed_width
 
+PICTURES = 5
 ROUNDING = 1e-5  # of float32, relative to the largest value: the same sums in another order
 INT8 = 0.03  # relative RMS error of the velocity: each activation rounded by up to 1/254 of its row's largest
 
@@ -42,21 +43,20 @@ def rounded(transformer):
     return replace_linears(transformer, change)
 
 
-def velocity(transformer, key, pictures=1):
-    """Of random tokens: 2 x 3 image tokens, 5 of text."""
+def velocity(transformer, key):
+    """Of random tokens of several pictures: 2 x 3 image tokens, 5 of text."""
     config = transformer.config
     img, txt, pooled = (
-        jax.random.normal(jax.random.fold_in(key, i), (pictures, *shape))
+        jax.random.normal(jax.random.fold_in(key, i), (PICTURES, *shape))
         for i, shape in enumerate([(6, config.in_channels), (5, config.text_dim), (config.pooled_dim,)])
     )
-    modulation = transformer.modulation(jnp.full(pictures, 0.7), jnp.full(pictures, 3.5), pooled)
+    modulation = transformer.modulation(jnp.full(PICTURES, 0.7), jnp.full(PICTURES, 3.5), pooled)
     rope = rotary(position_ids(2, 3, 5), config.axes_dim, config.theta)
     return transformer(img, txt, modulation, jnp.asarray(rope))
 
 
-def run(transformer, pictures=1):
-    program = jax.jit(lambda *args: velocity(*args, pictures))  # a new one: nothing traced before
-    return np.asarray(program(transformer, jax.random.key(5)))
+def run(transformer):
+    return np.asarray(jax.jit(lambda *args: velocity(*args))(transformer, jax.random.key(5)))  # nothing traced before
 
 
 def kernels(transformer):
@@ -84,10 +84,10 @@ def test_triton_gives_the_velocity_of_xla(dense):
     pictures like these (the other 196 agree to 3e-7), and costs less than all the roundings to int8 together.
     """
     model = quantize_transformer(dense, activations="int8")
-    expected, exact = run(model, 5), run(quantize_transformer(dense), 5)
+    expected, exact = run(model), run(quantize_transformer(dense))
     with compiling_for(Target("interpret", "9.0")):
         assert kernels(model) == {"norm_modulate_quantize", "matmul"}
-        found = run(model, 5)
+        found = run(model)
         apart = np.abs(found - expected).max((1, 2)) / np.abs(expected).max((1, 2))
         assert np.median(apart) <= ROUNDING
         assert relative_rms(found, expected) < relative_rms(exact, expected)

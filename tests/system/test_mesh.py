@@ -20,7 +20,6 @@ from flux_jax.config import TransformerConfig
 from flux_jax.errors import UserError
 from flux_jax.quantize import quantize_transformer
 
-pytestmark = pytest.mark.usefixtures("hasty_compiler")
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a blue square", "two squares"]
 ROUNDING = 2e-5  # of the final latents' largest value: sums of float32 in another order, through all steps
@@ -61,8 +60,10 @@ def save_models(folder: Path) -> dict[str, Path]:
 
 
 def start(code: str, *argv: object, devices: int) -> subprocess.Popen:
-    """A process with so many devices of the CPU, running `code`."""
+    """A process with so many devices of the CPU, running `code`; its programs are compiled in haste, as of conftest's
+    `hasty_compiler`, which would reach those for GPUs here, too."""
     environment = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
