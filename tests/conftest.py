@@ -49,14 +49,17 @@ def kept_programs():
 @pytest.fixture(scope="module")
 def hasty_compiler():
     """For tests that compare runs with runs, most of them of training, whose programs take longer to compile than to
-    run: XLA leaves its costly passes out, here and in the processes that such a test starts."""
+    run: XLA leaves its costly passes out, here and in the processes that such a test starts. What it makes differs in
+    the last bits: programs that are in memory do not pass from one kind of module to the other."""
     option = "jax_disable_most_optimizations"
     before = jax.config.read(option)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(option.upper(), "1")
         jax.config.update(option, True)
+        jax.clear_caches()
         yield
         jax.config.update(option, before)
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
