@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from bench import report, sass
 from bench.kernels import shape
 from bench.products import shapes
-from flux_jax import aot
 from flux_jax.config import dev
 from flux_jax.errors import UserError
+from flux_jax.runtime import aot
 from pallas_kernels import Target, fused, packed_width
 
 GPUS = ("a10", "a100", "h100", "l20")

@@ -29,10 +29,10 @@ from bench import report
 from convert.configs import published
 from convert.engine import expected
 from convert.rules import FORMATS, Format
-from flux_jax.checkpoint import Checkpoint
+from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.errors import UserError
-from flux_jax.parts import abstract_part, leaf_table
+from flux_jax.models.params import abstract_part, leaf_table
 
 POOL = 2**24  # normal numbers that all weights are taken from, in pieces that start anywhere
 SHARD_BYTES = 10e9  # of a file in the diffusers format, as published

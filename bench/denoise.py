@@ -26,12 +26,12 @@ import jax.numpy as jnp
 
 from bench import memory, power, process, reference, report, synthetic
 from bench.journal import Journal, sentence
-from flux_jax import aot
 from flux_jax.config import FluxConfig, dev, nano
-from flux_jax.denoise import denoise
 from flux_jax.errors import UserError
-from flux_jax.memory import peak as device_peak
 from flux_jax.models import attention
+from flux_jax.runtime import aot
+from flux_jax.runtime.memory import peak as device_peak
+from flux_jax.sampling.programs import denoise
 from pallas_kernels import Target
 
 DIFFUSERS = {"diffusers bf16": False, "diffusers bf16, compiled": True}  # name -> whether torch.compile is used

@@ -17,16 +17,16 @@ from flax import nnx
 
 from bench import report
 from bench.memory import GIGABYTE, image_tokens
-from flux_jax import aot
 from flux_jax.config import FluxConfig, dev, nano
-from flux_jax.distill import mesh as meshes
 from flux_jax.distill import student, training
 from flux_jax.distill.blockwise import BlockLoss
 from flux_jax.distill.end_to_end import VelocityLoss, own_starts
 from flux_jax.distill.options import LARGE, Options
-from flux_jax.inputs import parse_size
-from flux_jax.parts import abstract_part, leaf_table
-from flux_jax.quantize import is_ternary
+from flux_jax.models.params import abstract_part, leaf_table
+from flux_jax.models.quantize import is_ternary
+from flux_jax.runtime import aot
+from flux_jax.training import mesh as meshes
+from flux_jax.validation import parse_size
 
 
 def abstract(shape: Sequence[int], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:

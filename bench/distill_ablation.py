@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from flux_jax import prompts
 from flux_jax.distill.options import QUICK, Options
+from flux_jax.io import prompts
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "rounded, not trained": {"phases": "none"},
@@ -51,7 +51,7 @@ def measure(teacher: str, folder: Path, texts: list[str], options: Options, poin
 
     from flux_jax.distill.run import prepare, teach
     from flux_jax.evaluate import nano
-    from flux_jax.pipeline import FluxPipeline
+    from flux_jax.sampling.pipeline import FluxPipeline
 
     work = prepare(teacher, folder, texts, options, "data=1")
     shared = points / f"{options.points}-{options.seed}"

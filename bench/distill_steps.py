@@ -22,12 +22,12 @@ from bench import draw, process, report, timing
 from bench.distill import block_training, memory, parameter_count
 from bench.memory import GIGABYTE, image_tokens
 from flux_jax.config import FluxConfig, dev, nano
-from flux_jax.distill import mesh as meshes
 from flux_jax.distill import training
 from flux_jax.distill.options import Options
 from flux_jax.errors import UserError
-from flux_jax.inputs import parse_size
-from flux_jax.memory import peak
+from flux_jax.runtime.memory import peak
+from flux_jax.training import mesh as meshes
+from flux_jax.validation import parse_size
 
 KINDS = ("double_blocks", "single_blocks")
 LEAST_SECONDS = 10.0  # without which a kind is not begun

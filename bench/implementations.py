@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from bench.products import LIMITS, Product, epilogue_operands, expected, judged, rounded, tokens, weights
 from bench.timing import Case, Ran, copies_for
-from flux_jax.models import linear
+from flux_jax.models import layers
 from pallas_kernels import fused, ternary_matmul
 from pallas_kernels.packing import PLANE, TILE
 from pallas_kernels.settings import Settings, current_target
@@ -27,8 +27,8 @@ class Implementation(NamedTuple):
 
 
 def dense(x: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
-    """As `flux_jax.models.linear.Linear` computes it: XLA takes cuBLAS, or its own kernel if that is faster."""
-    return linear.product(x, weights["weight"]) + weights["bias"][None]
+    """As `flux_jax.models.layers.Linear` computes it: XLA takes cuBLAS, or its own kernel if that is faster."""
+    return layers.product(x, weights["weight"]) + weights["bias"][None]
 
 
 def ternary(activations: str, implementation: str) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:

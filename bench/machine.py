@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import report
 from flux_jax.errors import UserError
-from flux_jax.memory import host_memory
+from flux_jax.runtime.memory import host_memory
 
 PACKAGES = (
     "jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-cublas", "flax", "optax", "orbax-checkpoint",
@@ -53,7 +53,7 @@ def device() -> dict[str, Any]:
 
 def imports() -> dict[str, Any]:
     """That of everything that a picture, and a benchmark of it, needs."""
-    for name in ("flux_jax.pipeline", "flux_jax.distill.training", "bench.kernels", "bench.denoise"):
+    for name in ("flux_jax.sampling.pipeline", "flux_jax.distill.training", "bench.kernels", "bench.denoise"):
         importlib.import_module(name)
     return {"imports": "as they should"}
 

@@ -20,12 +20,12 @@ import numpy as np
 from flax import nnx
 
 from bench import report
-from flux_jax import aot
 from flux_jax.config import FluxConfig, dev, nano
-from flux_jax.denoise import Conditions, denoise
-from flux_jax.inputs import parse_size
-from flux_jax.parts import abstract_part
-from flux_jax.quantize import METHODS, abstract_ternary, ternarize, ternary_paths
+from flux_jax.models.params import abstract_part
+from flux_jax.models.quantize import METHODS, abstract_ternary, ternarize, ternary_paths
+from flux_jax.runtime import aot
+from flux_jax.sampling.programs import Conditions, denoise
+from flux_jax.validation import parse_size
 from pallas_kernels import pack_ternary
 
 WEIGHTS = {"bf16": None, "ternary A16": "bf16", "ternary A8": "int8"}  # kind of weights -> activations of its layers
@@ -42,7 +42,8 @@ def abstract_transformer(config: FluxConfig, weights: str) -> nnx.Module:
 
 
 def abstract_inputs(config: FluxConfig, steps: int, tokens: int) -> tuple[Any, Any, Conditions]:
-    """Latents, sigmas and conditions of one picture of so many tokens, as `flux_jax.denoise.denoise` takes them."""
+    """Latents, sigmas and conditions of one picture of so many tokens, as `flux_jax.sampling.programs.denoise` takes
+    them."""
     transformer, text = config.transformer, config.sampling.max_sequence_length
 
     def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:

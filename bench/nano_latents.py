@@ -19,7 +19,7 @@ from bench import report
 from bench.summary import is_problem
 from flux_jax import FluxPipeline
 from flux_jax.errors import UserError
-from flux_jax.images import write_whole
+from flux_jax.io.atomic import write_whole
 
 PROMPTS = (
     "a red circle to the left of a blue square",

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench import draw
 from flux_jax.config import FluxConfig
-from flux_jax.quantize import ternary_paths
+from flux_jax.models.quantize import ternary_paths
 from pallas_kernels import fused, pack_ternary, quantize_rows, unpack_ternary
 
 CHECKED_ROWS = 64  # of a result, compared with what is right

@@ -13,7 +13,7 @@ import numpy as np
 from bench import power
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
-from flux_jax.sampling import position_ids, sigmas
+from flux_jax.sampling.schedule import position_ids, sigmas
 
 
 def trial(compiled: bool, config: FluxConfig, steps: list[int], samples: int, tiny: bool) -> dict[str, Any]:

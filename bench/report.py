@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.journal import Journal
 from flux_jax.errors import UserError
-from flux_jax.images import write_whole
+from flux_jax.io.atomic import write_whole
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flux_jax import aot
 from flux_jax.errors import UserError
+from flux_jax.runtime import aot
 
 # Instructions of SASS that the arithmetic units execute: what a loop needs besides loads, barriers and MMAs.
 ALU = {"F2F", "F2I", "FADD", "FFMA", "FMNMX", "FMUL", "FSEL", "FSETP", "I2F", "I2FP", "IADD3", "IMAD", "IMNMX", "ISETP"}

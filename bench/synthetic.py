@@ -16,10 +16,10 @@ from flax import nnx
 
 from bench import draw
 from flux_jax.config import FluxConfig
-from flux_jax.denoise import Conditions
 from flux_jax.models.attention import rotary
-from flux_jax.parts import STACKED
-from flux_jax.sampling import position_ids, sigmas
+from flux_jax.models.params import STACKED
+from flux_jax.sampling.programs import Conditions
+from flux_jax.sampling.schedule import position_ids, sigmas
 
 DIGITS = (0b00, 0b01, 0b11)  # the bits of the codes 0, 1 and -1
 STRIDE = 1000  # between the seeds of two stacks: more than their layers

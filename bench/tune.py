@@ -24,7 +24,7 @@ from bench.tiles import OPERANDS, candidates, own_settings, tile, wanted
 from bench.timing import device_for
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.errors import UserError
-from flux_jax.images import write_whole
+from flux_jax.io.atomic import write_whole
 from pallas_kernels import LAYOUT_VERSION, Target, current_target
 from pallas_kernels.settings import Settings, table_path
 

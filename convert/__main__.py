@@ -6,11 +6,13 @@ missing or gated weights.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from flux_jax.cli.main import Parser, guarded, program, say
 from flux_jax.errors import UserError
-from flux_jax.parts import PARTS
-from flux_jax.quantize import METHODS, report
+from flux_jax.models.params import PARTS
+from flux_jax.models.quantize import METHODS, report
 
 DTYPES = ("bfloat16", "float32", "float16")
 EPILOG = """\
@@ -24,9 +26,9 @@ examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m convert",
+def parser() -> Parser:
+    p = Parser(
+        prog=program("convert"),
         description="Converts published FLUX weights into a flux_jax checkpoint, and back.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -59,19 +61,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    args = parser().parse_args(arguments)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: nothing was left behind; run the same command again", file=sys.stderr)
-        return 130
-    print(args.out)
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return guarded(
+        lambda: run(parser().parse_args(words)),
+        interrupted="interrupted: nothing was left behind; run the same command again",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,10 +78,11 @@ def run(args: argparse.Namespace) -> None:
         if args.ternary is not None:
             raise UserError("--ternary rounds a checkpoint of flux_jax: leave it out, or leave out --to diffusers")
         export(args.source, args.out, quiet=args.quiet)
+        print(args.out)
         return
-    from convert import form, hub, sources
+    from convert import hub, sources, weight_format
     from convert.run import convert, rewrite
-    from flux_jax.checkpoint import Checkpoint, is_checkpoint
+    from flux_jax.checkpoints.checkpoint import Checkpoint, is_checkpoint
 
     parts = None if args.parts is None else tuple(args.parts.split(","))
     if unknown := set(parts or ()) - set(PARTS):
@@ -94,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--ternary rounds the transformer, which --parts leaves out")
     if args.out.exists() and not args.overwrite:  # said before anything is downloaded
         raise UserError(f"{args.out} exists already: choose another name, or give --overwrite to replace it")
-    how: dict = {"form": form.Form(args.dtype, args.ternary), "overwrite": args.overwrite, "quiet": args.quiet}
+    how: dict = {"form": weight_format.Form(args.dtype, args.ternary), "overwrite": args.overwrite, "quiet": args.quiet}
     options = {part: path for part in PARTS if (path := getattr(args, part, None)) is not None}
     if args.ternary is not None and is_checkpoint(args.source):
         if options or args.tokenizers or args.config:
@@ -112,11 +109,12 @@ def run(args: argparse.Namespace) -> None:
         )
         warnings = convert(model, args.out, **how)
     if args.ternary is not None:
-        warnings.append(form.WARNING)
+        warnings.append(weight_format.WARNING)
         if not args.quiet:
-            print(report(Checkpoint.open(args.out).config), file=sys.stderr)
+            say(report(Checkpoint.open(args.out).config))
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}")
+    print(args.out)
 
 
 if __name__ == "__main__":

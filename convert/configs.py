@@ -14,7 +14,7 @@ from typing import Any
 
 from flux_jax.config import CLIPConfig, FluxConfig, SamplingConfig, T5Config, TransformerConfig, VAEConfig, dev, schnell
 from flux_jax.errors import UserError
-from flux_jax.safetensors import Source
+from flux_jax.io.safetensors import Source
 
 EXTRA = "_flux_jax"  # key of model_index.json with what diffusers has no place for; readers skip keys with a dash
 FOLDERS = {"transformer": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "vae": "vae"}

@@ -18,8 +18,8 @@ from flax import nnx
 from convert.rules import FORMATS, Format, Rule
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
-from flux_jax.parts import abstract_part, assemble, leaf_table
-from flux_jax.safetensors import FLOATS, Source
+from flux_jax.io.safetensors import FLOATS, Source
+from flux_jax.models.params import abstract_part, assemble, leaf_table
 
 SHOWN = 40  # faults printed before "and N more"
 

@@ -17,14 +17,14 @@ import numpy as np
 
 from convert import configs
 from convert.engine import Weight, expected
-from convert.form import dense_stream, dense_table
 from convert.rules import FORMATS
 from convert.sources import TOKENIZER_FOLDERS
-from flux_jax.checkpoint import Checkpoint
+from convert.weight_format import dense_stream, dense_table
+from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.errors import UserError
-from flux_jax.parts import PARTS, abstract_part, leaf_table
-from flux_jax.safetensors import FLOATS
-from flux_jax.storage import begin, disk_is_full, publish, working_name
+from flux_jax.io.atomic import begin, disk_is_full, publish, working_name
+from flux_jax.io.safetensors import FLOATS
+from flux_jax.models.params import PARTS, abstract_part, leaf_table
 
 CLASSES = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],

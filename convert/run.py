@@ -2,8 +2,8 @@
 
 In: a `Model` (paths, configs) or a checkpoint, a name for the new checkpoint, the `Form` of its weights. Out: the
 checkpoint. Everything that headers can show is checked before the first weight is read, and reported at once. Memory:
-the largest source tensor, in the source's dtype and in the target's, what `flux_jax.trees` holds, for a checkpoint what
-is read of it at a time, and fixed overhead.
+the largest source tensor, in the source's dtype and in the target's, what `flux_jax.checkpoints.orbax_writer` holds,
+for a checkpoint what is read of it at a time, and fixed overhead.
 """
 
 import hashlib
@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from convert.engine import Plan, make_plan, read_weight, report
-from convert.form import Form
 from convert.sources import Model, licence_files
-from flux_jax.checkpoint import MANIFEST, TOKENIZERS, Checkpoint, Writer
+from convert.weight_format import Form
+from flux_jax.checkpoints.checkpoint import Checkpoint
+from flux_jax.checkpoints.manifest import MANIFEST, TOKENIZERS
+from flux_jax.checkpoints.tokenizers import Tokenizers, ensure_tokenizer_json
+from flux_jax.checkpoints.writer import Writer
 from flux_jax.errors import UserError
-from flux_jax.safetensors import Source
-from flux_jax.tokenizers import Tokenizers, ensure_tokenizer_json
+from flux_jax.io.safetensors import Source
 
 MARGIN = 1.01  # of disk space beyond the weights, for the files around them
 HASH_BLOCK = 2**22

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from convert import configs
-from flux_jax.checkpoint import MANIFEST
+from flux_jax.checkpoints.checkpoint import MANIFEST
 from flux_jax.config import FluxConfig, TransformerConfig
 from flux_jax.errors import UserError
-from flux_jax.parts import PARTS
-from flux_jax.safetensors import Source
+from flux_jax.io.safetensors import Source
+from flux_jax.models.params import PARTS
 
 TOKENIZER_FOLDERS = {"t5": ("tokenizer_2", "t5"), "clip": ("tokenizer", "clip")}
 LICENCES = {True: "LicenseRef-FLUX-1-dev-Non-Commercial", False: "Apache-2.0"}  # by guidance, for FLUX.1's own sizes

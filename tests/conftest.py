@@ -41,9 +41,11 @@ def pytest_addoption(parser):
 def kept_programs():
     """Most of the time goes into compiling, and the same tiny models come again and again. A cache for each worker, and
     for the processes that its tests start one by one: JAX's files are no safe meeting place for two that write."""
-    from flux_jax import cache  # only here: what is imported before pytest is configured has unchecked signatures
+    from flux_jax.runtime import (
+        compilation_cache,  # only here: what is imported before pytest is configured has unchecked signatures
+    )
 
-    assert cache.enable() is not None
+    assert compilation_cache.enable() is not None
 
 
 @pytest.fixture(scope="module")

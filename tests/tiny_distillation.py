@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import tiny_model
 
-from flux_jax import checkpoint
+from flux_jax.checkpoints import writer
 from flux_jax.config import FluxConfig
 from flux_jax.distill.options import Options
 
@@ -37,7 +37,7 @@ def teacher(folder: Path) -> Path:
     }
     words = tiny_model.tokenizers(folder / "words", made)
     source = {"from": "a test", "sha256": {"transformer": "0"}}
-    return checkpoint.save(folder / "teacher", made, modules, tokenizers=words, licence="Apache-2.0", source=source)
+    return writer.save(folder / "teacher", made, modules, tokenizers=words, licence="Apache-2.0", source=source)
 
 
 def prompts_file(folder: Path) -> Path:

@@ -11,8 +11,8 @@ from flax import nnx
 
 from flux_jax.compare import lpips, towers
 from flux_jax.models.clip import CLIPText
-from flux_jax.models.linear import Linear
-from flux_jax.parts import leaf_table
+from flux_jax.models.layers import Linear
+from flux_jax.models.params import leaf_table
 
 
 def clip(folder: Path) -> Path:

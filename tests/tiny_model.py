@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flux_jax import parts
 from flux_jax.config import CLIPConfig, FluxConfig, SamplingConfig, T5Config, TransformerConfig, VAEConfig
+from flux_jax.models import params
 from flux_jax.nano import vocabulary
 
-PARTS = tuple(parts.PARTS)
+PARTS = tuple(params.PARTS)
 WORDS = "a red blue green circle square triangle to the left of right and two three photo"
 
 
@@ -43,14 +43,14 @@ def modules(config: FluxConfig, seed: int = 0) -> dict:
     """Part -> module; matrices drawn at 1 / sqrt(fan in), norms near one."""
     rng = np.random.default_rng(seed)
     built = {}
-    for part in parts.PARTS:
-        module = parts.abstract_part(part, config)
-        shapes = parts.leaf_table(module)
+    for part in params.PARTS:
+        module = params.abstract_part(part, config)
+        shapes = params.leaf_table(module)
 
         def read(names, shapes=shapes):
             return {name: draw(rng, name, shapes[name]) for name in names}
 
-        built[part] = parts.assemble(module, read)
+        built[part] = params.assemble(module, read)
     return built
 
 
@@ -69,7 +69,7 @@ def tokenizers(folder: Path, config: FluxConfig) -> Path:
 
 def save(folder: Path, config: FluxConfig, seed: int = 0) -> Path:
     """A checkpoint of the modules above."""
-    from flux_jax import checkpoint
+    from flux_jax.checkpoints import writer
 
     words = tokenizers(folder.with_name(folder.name + "-words"), config)
-    return checkpoint.save(folder, config, modules(config, seed), tokenizers=words)
+    return writer.save(folder, config, modules(config, seed), tokenizers=words)

@@ -1,1 +1,1 @@
-"""Two models side by side: `python -m flux_jax.compare A B` (see `flux_jax.compare.__main__`)."""
+"""Two models side by side: `python -m flux_jax.compare A B` (see `flux_jax.cli.compare`)."""

@@ -16,12 +16,12 @@ from flax import nnx
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from flux_jax import tokenizers
+from flux_jax.checkpoints import tokenizers
 from flux_jax.compare.networks import Judge, checked, open_source
 from flux_jax.compare.towers import IMAGE, PROJECTION, TEXT, CLIPImage, hub_name, read_config
 from flux_jax.errors import UserError
 from flux_jax.models.clip import CLIPText
-from flux_jax.models.linear import Linear
+from flux_jax.models.layers import Linear
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's pictures
 

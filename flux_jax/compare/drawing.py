@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flux_jax import images
 from flux_jax.compare import metrics
 from flux_jax.compare.networks import Judge
 from flux_jax.evaluate.benchmarks import Picture
-from flux_jax.evaluate.making import recorder
 from flux_jax.evaluate.models import Variant
+from flux_jax.evaluate.render_prompts import recorder
+from flux_jax.io import atomic, png
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ def run(tasks: Sequence[Task], a: Variant, b: Variant, sampling: dict[str, Any],
     for task, latents in _draw(first, a, "a", sampling, out):
         buffer = io.BytesIO()
         np.save(buffer, latents)
-        images.write_whole(task.latents(out), buffer.getvalue(), overwrite=True)
+        atomic.write_whole(task.latents(out), buffer.getvalue(), overwrite=True)
     for task, latents in _draw(todo, b, "b", sampling, out):
         row: dict[str, Any] = {"index": task.index, "prompt": task.prompt, "seed": task.seed}
         row |= metrics.picture_metrics(*(pixels(task.picture(side, out)) for side in "ab"))
         row["latent_errors"] = metrics.latent_errors(np.load(task.latents(out)), latents)
-        images.write_whole(task.result(out), json.dumps(row).encode(), overwrite=True)
+        atomic.write_whole(task.result(out), json.dumps(row).encode(), overwrite=True)
         task.latents(out).unlink()
     shutil.rmtree(out / "latents", ignore_errors=True)
     return [json.loads(task.result(out).read_text("utf-8")) for task in tasks]
@@ -94,7 +94,7 @@ def _draw(tasks: Sequence[Task], variant: Variant, side: str, sampling: dict[str
             path: list[np.ndarray] = []
             output = pipe(task.prompt, seed=task.seed, callback_on_step_end=_keeper(path), **sampling)
             entry = record(Picture(task.prompt, task.seed, Path()), output.images[0])
-            images.write_png(task.picture(side, out), output.images[0], entry, overwrite=True)
+            png.write_png(task.picture(side, out), output.images[0], entry, overwrite=True)
             yield task, np.concatenate(path)
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, UInt8
 
 from flux_jax.compare.networks import Judge, checked, open_source
 from flux_jax.errors import UserError
-from flux_jax.models.linear import Conv, Linear
+from flux_jax.models.layers import Conv, Linear
 
 LAYERS = (
     (64, 11, 4, 2),

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from flux_jax.errors import UserError
-from flux_jax.parts import assemble, leaf_table
-from flux_jax.safetensors import FLOATS, Source
+from flux_jax.io.safetensors import FLOATS, Source
+from flux_jax.models.params import assemble, leaf_table
 
 # Reads the weights; returns what measures a pair of pictures uint8 [h, w, 3]: (place among the prompts, a, b) -> scores
 Judge = Callable[[], Callable[[int, np.ndarray, np.ndarray], dict[str, float]]]
@@ -32,7 +32,7 @@ def open_source(path: Path) -> Source:
 def checked(module: nnx.Module, source: Source, name_of: Callable[[str], str], what: str) -> Callable[[], nnx.Module]:
     """A function that reads the weights; UserError now if one is missing, or of another shape or dtype.
 
-    name_of: our name (`flux_jax.parts`) -> the source's. There a weight may have two more axes of length one.
+    name_of: our name (`flux_jax.models.params`) -> the source's. There a weight may have two more axes of length one.
     """
     shapes = leaf_table(module)
     for ours, shape in shapes.items():

@@ -16,9 +16,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from flux_jax import images
 from flux_jax.compare import metrics
 from flux_jax.compare.drawing import Task
+from flux_jax.io import atomic
 
 LARGE = 512  # pixels: from there on the page holds pictures as WebP, which is a tenth of the size
 GRID_COLUMNS, GRID_PICTURES, GRID_EDGE = 6, 24, 320  # prompts in a row, in all, pixels of a picture's longer edge
@@ -29,11 +29,11 @@ def write(out: Path, tasks: Sequence[Task], rows: Sequence[dict[str, Any]], abou
     """Writes the three files; returns what report.json holds. about: `a`, `b` (names), `sampling`, `networks`
     (what judged, in words), more settings."""
     result = about | {"summary": metrics.summary(rows), "pictures": list(rows)}
-    images.write_whole(out / "report.json", (json.dumps(result, indent=1) + "\n").encode(), overwrite=True)
+    atomic.write_whole(out / "report.json", (json.dumps(result, indent=1) + "\n").encode(), overwrite=True)
     buffer = io.BytesIO()
     grid(out, tasks, about["a"], about["b"]).save(buffer, format="png")
-    images.write_whole(out / "grid.png", buffer.getvalue(), overwrite=True)
-    images.write_whole(out / "index.html", page(out, tasks, rows, result).encode(), overwrite=True)
+    atomic.write_whole(out / "grid.png", buffer.getvalue(), overwrite=True)
+    atomic.write_whole(out / "index.html", page(out, tasks, rows, result).encode(), overwrite=True)
     return result
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from flux_jax.config import CLIPConfig
 from flux_jax.errors import UserError
 from flux_jax.models.clip import ACTIVATIONS, CLIPLayer
-from flux_jax.models.linear import Conv, Embedding, LayerNorm, Linear, stack
+from flux_jax.models.layers import Conv, Embedding, LayerNorm, Linear, stack
 
 TEXT = {
     "token_embedding": "text_model.embeddings.token_embedding",

@@ -21,14 +21,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flux_jax.distill import mesh as meshes
-from flux_jax.distill import store, student
+from flux_jax.distill import memmap_store, student
+from flux_jax.distill.run_context import Workspace
 from flux_jax.distill.training import Fit, Plan
 from flux_jax.distill.trajectories import Trajectories
-from flux_jax.distill.workspace import Workspace
 from flux_jax.models.blocks import DoubleBlock, SingleBlock
+from flux_jax.models.params import dotted
 from flux_jax.models.transformer import Transformer
-from flux_jax.parts import dotted
+from flux_jax.training import mesh as meshes
 
 
 def apply(
@@ -113,7 +113,7 @@ class Blockwise:
         """Does what is not done yet."""
         blocks = self.work.blocks
         if all(self.result(block).exists() for block in blocks):
-            store.remove(self.folder / "states")
+            memmap_store.remove(self.folder / "states")
             return
         pairs = [[self.states(who, k) for who in ("teacher", "student")] for k in range(len(blocks))]
         begun = [k for k, pair in enumerate(pairs) if all(path.exists() for path in pair)]
@@ -123,9 +123,9 @@ class Blockwise:
         for k in range(max(begun), len(blocks)):
             self._block(k, last=k == len(blocks) - 1)
             for who in ("teacher", "student"):
-                store.remove(self.states(who, k))
+                memmap_store.remove(self.states(who, k))
             self.work.metrics.plot()
-        store.remove(self.folder / "states")
+        memmap_store.remove(self.folder / "states")
 
     def _chunks(self):
         size = self.options.block_batch
@@ -144,9 +144,11 @@ class Blockwise:
         work, count = self.work, self.options.block_points
         transformer = work.load_teacher()
         tokens = work.grid[0] * work.grid[1] + work.text_tokens
-        writers = [store.Writer(self.states(who, 0), {"x": self._layout(tokens)}) for who in ("teacher", "student")]
+        writers = [
+            memmap_store.Writer(self.states(who, 0), {"x": self._layout(tokens)}) for who in ("teacher", "student")
+        ]
         shape, dtype = self._layout(1)
-        vectors = store.Writer(self.vectors, {"vec": ((shape[0], shape[2]), dtype)})
+        vectors = memmap_store.Writer(self.vectors, {"vec": ((shape[0], shape[2]), dtype)})
         rows, steps = self.trajectories.draw(self.options.seed, 0, 0, count, None)
         guidance = meshes.put(np.float32(work.guidance), meshes.whole(work.mesh))
         for part in self._chunks():
@@ -164,8 +166,8 @@ class Blockwise:
         """States in front of block index + 1: step(x, vec) of those in front of block `index`."""
         if self.states(who, index + 1).exists():
             return
-        x, vec = store.open_store(self.states(who, index))["x"], store.open_store(self.vectors)["vec"]
-        writer = store.Writer(self.states(who, index + 1), {"x": (x.shape, x.dtype)})
+        x, vec = memmap_store.open_store(self.states(who, index))["x"], memmap_store.open_store(self.vectors)["vec"]
+        writer = memmap_store.Writer(self.states(who, index + 1), {"x": (x.shape, x.dtype)})
         for part in self._chunks():
             y = meshes.fetch(step(self._put(x[part]), self._put(vec[part])))
             writer.write(part.start, {"x": y[: len(x[part])]})
@@ -177,10 +179,10 @@ class Blockwise:
         self._advance("teacher", k, lambda x, vec: forward(teacher, work.text_tokens, x, vec, self.rope))
         del teacher
         inputs = {
-            "student": store.open_store(self.states("student", k))["x"],
-            "teacher": store.open_store(self.states("teacher", k))["x"],
-            "target": store.open_store(self.states("teacher", k + 1))["x"],
-            "vec": store.open_store(self.vectors)["vec"],
+            "student": memmap_store.open_store(self.states("student", k))["x"],
+            "teacher": memmap_store.open_store(self.states("teacher", k))["x"],
+            "target": memmap_store.open_store(self.states("teacher", k + 1))["x"],
+            "vec": memmap_store.open_store(self.vectors)["vec"],
         }
 
         def batch(step: int, mean: Any = None) -> dict[str, np.ndarray]:
@@ -201,10 +203,10 @@ class Blockwise:
             fit = Fit(training, f"blockwise {name}", plan, options, work.mesh, work.metrics)
             mean = meshes.fetch(fit.run(loss, params, batch, self.rope))
             flat = {dotted(path): np.asarray(x) for path, x in nnx.to_flat_state(nnx.State(mean))}
-            store.save(self.result(name), flat)
-        store.remove(self.folder / "training")
+            memmap_store.save(self.result(name), flat)
+        memmap_store.remove(self.folder / "training")
         if not last:
-            found = store.open_store(self.result(name))
+            found = memmap_store.open_store(self.result(name))
             params = meshes.put(
                 nnx.to_pure_dict(nnx.from_flat_state([(tuple(key.split(".")), value) for key, value in found.items()])),
                 lambda shape: meshes.parameter(work.mesh, shape),

@@ -21,15 +21,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flux_jax.distill import mesh as meshes
-from flux_jax.distill import store, student
+from flux_jax.distill import memmap_store, student
 from flux_jax.distill.blockwise import in_dtype
 from flux_jax.distill.options import Options
+from flux_jax.distill.run_context import Workspace
 from flux_jax.distill.training import Fit, Plan
 from flux_jax.distill.trajectories import Trajectories, load_or_make
-from flux_jax.distill.workspace import Workspace
+from flux_jax.models.params import abstract_part, assemble
 from flux_jax.models.transformer import Transformer
-from flux_jax.parts import abstract_part, assemble
+from flux_jax.training import mesh as meshes
 
 Read = Callable[[list[str]], Mapping[str, np.ndarray]]
 OWN_ROUNDS = 3  # times that the student samples trajectories of its own, at equal distances, before it settles
@@ -72,7 +72,7 @@ def blockwise(work: Workspace) -> Read:
             kind, _, inner = name.partition(".")
             if kind in ("double_blocks", "single_blocks"):
                 index, _, inner = inner.partition(".")
-                arrays[name] = np.asarray(store.open_store(folder / f"{kind}.{index}")[inner])
+                arrays[name] = np.asarray(memmap_store.open_store(folder / f"{kind}.{index}")[inner])
             else:
                 rest.append(name)
         return arrays | dict(outside(rest)) if rest else arrays
@@ -230,5 +230,5 @@ class Points:
         first = work.options.trajectories + (current - 1) * count
         student = nnx.merge(self.graph, in_dtype(mean, work.dtype))
         made = load_or_make(work, f"own.{current}", work.training, count, first=first, driver=student)
-        store.remove(work.folder / f"own.{current - 1}")
+        memmap_store.remove(work.folder / f"own.{current - 1}")
         return made

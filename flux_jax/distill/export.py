@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flux_jax import checkpoint
-from flux_jax.distill import mesh as meshes
+from flux_jax.checkpoints.writer import Writer
 from flux_jax.distill import student
-from flux_jax.distill.workspace import Workspace
-from flux_jax.parts import dotted, layer_names
+from flux_jax.distill.run_context import Workspace
+from flux_jax.models.params import dotted, layer_names
+from flux_jax.training import mesh as meshes
 from pallas_kernels import LAYOUT_VERSION, pack_ternary
 
 
@@ -65,7 +65,7 @@ def export(work: Workspace, params: Any, out: Path, about: Mapping[str, Any], ov
         "activations": work.options.activations,
     } | dict(about)
     manifest = work.teacher.manifest
-    with checkpoint.Writer(out, overwrite=overwrite) as writer:
+    with Writer(out, overwrite=overwrite) as writer:
         for name, value in stacked_leaves(work, params):
             layers = layer_names(name, len(value))
             for each, array in [(name, value)] if layers is None else zip(layers, value, strict=True):

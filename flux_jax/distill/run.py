@@ -13,14 +13,15 @@ from typing import Any
 
 import jax
 
-from flux_jax import checkpoint, images, prompts
+from flux_jax.checkpoints import checkpoint
 from flux_jax.distill import end_to_end, export
-from flux_jax.distill import mesh as meshes
 from flux_jax.distill.blockwise import Blockwise
 from flux_jax.distill.options import Options
+from flux_jax.distill.run_context import Workspace, teacher_digest
 from flux_jax.distill.trajectories import load_or_make
-from flux_jax.distill.workspace import Workspace, teacher_digest
 from flux_jax.errors import UserError
+from flux_jax.io import atomic, prompts
+from flux_jax.training import mesh as meshes
 
 TRAINING = "training"  # the folder in OUT that tells how it was made; no weight depends on it
 
@@ -40,7 +41,7 @@ def prepare(teacher: str | Path, folder: Path, texts: Sequence[str], options: Op
         if not found:
             raise UserError(f"None of the {different} different prompts is {kind}: give more.")
     batches = {"--batch": options.batch // options.accumulate, "--block-batch": options.block_batch}
-    images.check_writable(folder / "run.json")
+    atomic.check_writable(folder / "run.json")
     work = Workspace(folder, stored, options, meshes.make(mesh, batches), training, held_out)
     work.begin()
     return work

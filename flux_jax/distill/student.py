@@ -20,10 +20,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int8
 
 from flux_jax.distill.options import Options
-from flux_jax.models.linear import Linear, per_channel
-from flux_jax.models.mixed import mixed_product
-from flux_jax.parts import dotted
-from flux_jax.quantize import is_ternary, ternarize
+from flux_jax.models.layers import Linear, per_channel
+from flux_jax.models.params import dotted
+from flux_jax.models.quantize import is_ternary, ternarize
+from flux_jax.training.mixed_precision import mixed_product
 from pallas_kernels import quantize_rows
 from pallas_kernels.reference import dot
 

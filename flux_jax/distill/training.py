@@ -20,11 +20,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from flux_jax.distill import mesh as meshes
-from flux_jax.distill.metrics import Metrics
 from flux_jax.distill.options import Options
 from flux_jax.distill.student import LARGEST
 from flux_jax.errors import UserError
+from flux_jax.training import mesh as meshes
+from flux_jax.training.metrics import Metrics
 
 Batches = Callable[[int, Any], dict[str, np.ndarray]]
 

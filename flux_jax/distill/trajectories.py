@@ -20,14 +20,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 from tqdm import tqdm
 
-from flux_jax import denoise
-from flux_jax.distill import mesh as meshes
-from flux_jax.distill import store
-from flux_jax.distill.workspace import Workspace
+from flux_jax.checkpoints.tokenizers import Tokenizers
+from flux_jax.distill import memmap_store
+from flux_jax.distill.run_context import Workspace
 from flux_jax.errors import UserError
 from flux_jax.models.transformer import Transformer
-from flux_jax.sampling import initial_noise, pack_latents
-from flux_jax.tokenizers import Tokenizers
+from flux_jax.sampling import programs
+from flux_jax.sampling.schedule import initial_noise, pack_latents
+from flux_jax.training import mesh as meshes
 
 STORED = np.float16
 
@@ -90,7 +90,7 @@ class Trajectories:
 
     def __init__(self, work: Workspace, folder: Path, count: int, chunk: int):
         self.sigmas, self.count, self.chunk, self.steps = work.sigmas, count, chunk, work.steps
-        self._chunks = [store.open_store(path) for path in chunk_paths(folder, count, chunk)]
+        self._chunks = [memmap_store.open_store(path) for path in chunk_paths(folder, count, chunk)]
 
     def points(self, rows: np.ndarray, steps: np.ndarray) -> dict[str, np.ndarray]:
         """Point steps[k] of trajectory rows[k], for each k: x and velocity [m, i, c], t [m], text, pooled; float32."""
@@ -135,7 +135,7 @@ def load_or_make(
                     f"Trajectories from {i * chunk} on: the teacher's {bad[0]} is not finite in float16; its weights"
                     " may be damaged, or try --dtype float32."
                 )
-            store.save(paths[i], arrays)
+            memmap_store.save(paths[i], arrays)
     return Trajectories(work, folder, count, chunk)
 
 
@@ -151,7 +151,7 @@ class Maker:
     def encode(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """text [b, t, d] and pooled [b, p], float16; each prompt as the pipeline encodes it."""
         pairs = [
-            denoise.encode(self.t5, self.clip, self.tokenizers.t5([prompt]), self.tokenizers.clip([prompt]))
+            programs.encode(self.t5, self.clip, self.tokenizers.t5([prompt]), self.tokenizers.clip([prompt]))
             for prompt in prompts
         ]
         text, pooled = (np.concatenate([np.asarray(x, STORED) for x in each]) for each in zip(*pairs, strict=True))

@@ -16,7 +16,7 @@ from flux_jax.errors import UserError
 
 if TYPE_CHECKING:
     from flux_jax.config import FluxConfig
-    from flux_jax.pipeline import FluxPipeline
+    from flux_jax.sampling.pipeline import FluxPipeline
 
 OPTIONS = {
     "dtype": ("auto", "float32", "bfloat16"),
@@ -66,7 +66,7 @@ class Variant:
 
     def config(self) -> "FluxConfig":
         """Of the checkpoint. UserError where there is none, or an option does not fit it or the device."""
-        from flux_jax.checkpoint import Checkpoint
+        from flux_jax.checkpoints.checkpoint import Checkpoint
         from pallas_kernels.settings import current_target, supported
 
         stored = Checkpoint.open(self.model)
@@ -80,8 +80,8 @@ class Variant:
 
     def identity(self) -> dict[str, Any]:
         """What decides its pictures, for records: name and SHA-256 of the checkpoint's manifest, and the options."""
-        from flux_jax.checkpoint import MANIFEST, Checkpoint
-        from flux_jax.pipeline import resolve_dtype
+        from flux_jax.checkpoints.checkpoint import MANIFEST, Checkpoint
+        from flux_jax.runtime.environment import resolve_dtype
 
         stored = Checkpoint.open(self.model)
         digest = hashlib.sha256((stored.directory / MANIFEST).read_bytes()).hexdigest()
@@ -98,7 +98,7 @@ class Variant:
         from flax import nnx
 
         from flux_jax.models.ternary import TernaryLinear
-        from flux_jax.pipeline import FluxPipeline
+        from flux_jax.sampling.pipeline import FluxPipeline
 
         how = {"dtype": self.dtype or "auto", "offload": self.offload or "none", "activations": self.activations}
         pipe = FluxPipeline.from_pretrained(self.model, **how)

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flux_jax import images
-from flux_jax.evaluate.sheet import sheet
+from flux_jax.evaluate.contact_sheet import sheet
 from flux_jax.evaluate.statistics import Estimate, average, wilson
+from flux_jax.io import atomic
 from flux_jax.nano.captions import EVALUATION, Caption, evaluation_captions
 from flux_jax.nano.oracle import Verdict, score
 
@@ -53,7 +53,7 @@ def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int =
         start, path = time.perf_counter(), task.path(out)
         if not path.exists():
             picture = pipe(task.caption.text, seed=task.seed, **sampling).images[0]
-            images.write_whole(path, png(picture), overwrite=False)
+            atomic.write_whole(path, png(picture), overwrite=False)
         drawn = time.perf_counter()
         with Image.open(path) as file:
             verdict = score(np.asarray(file.convert("RGB")), task.caption)
@@ -65,9 +65,9 @@ def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int =
         "sampling": sampling,
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
     }
-    images.write_whole(out / "verdicts.jsonl", lines(rows), overwrite=True)
-    images.write_whole(out / "summary.json", lines([result]), overwrite=True)
-    images.write_whole(out / "sheet.png", png(overview(planned, rows, out)), overwrite=True)
+    atomic.write_whole(out / "verdicts.jsonl", lines(rows), overwrite=True)
+    atomic.write_whole(out / "summary.json", lines([result]), overwrite=True)
+    atomic.write_whole(out / "sheet.png", png(overview(planned, rows, out)), overwrite=True)
     return result
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from flux_jax.errors import UserError
 from flux_jax.evaluate import paper, scoring
-from flux_jax.evaluate.sheet import sheet
+from flux_jax.evaluate.contact_sheet import sheet
 from flux_jax.evaluate.statistics import average, paired_difference, sign_test
 from flux_jax.nano.captions import EVALUATION
 

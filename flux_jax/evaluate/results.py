@@ -14,8 +14,8 @@ from typing import Any
 
 from flux_jax.errors import UserError
 from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, PROMPTS, read_objects
-from flux_jax.evaluate.folders import RUN, read_run
 from flux_jax.evaluate.geneval import TAGS
+from flux_jax.evaluate.image_folders import RUN, read_run
 
 _BLIP = "annotation_blip"
 _SHARE = "sharegpt4v"  # a language model's marks, 0 to 100

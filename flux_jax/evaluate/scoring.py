@@ -1,18 +1,12 @@
-"""`python -m flux_jax.evaluate score NAME=PATH ...`: the paper's two tables, with measured rows below its own.
+"""Scores of measured models as the paper's two tables, with measured rows below its own.
 
-In: what the official evaluators wrote (`flux_jax.evaluate.results`). Out: Markdown tables on stdout, each measured
-score with its 95 % interval, and, where several models were measured on the same prompts, their differences to the
-first; with --json one object instead.
+In: what the official evaluators wrote (`flux_jax.evaluate.results`). Out: Markdown tables: each measured score with its
+95 % interval, and, where several models were measured on the same prompts, their differences to the first.
 """
 
-import argparse
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from flux_jax.errors import UserError
-from flux_jax.evaluate import paper, results
+from flux_jax.evaluate import paper
 from flux_jax.evaluate.results import Measured
 from flux_jax.evaluate.statistics import Estimate, average, mean, mean_difference, share
 
@@ -21,45 +15,6 @@ TABLES = {
     "t2i-compbench": (paper.T2I_TITLE, paper.T2I_COLUMNS, paper.T2I, 4),
 }
 ABSENT = "–"
-
-
-def add_command(commands) -> None:
-    parser = commands.add_parser("score", help="the official evaluators' results as the paper's Tables 1 and 2")
-    parser.add_argument(
-        "measured",
-        nargs="+",
-        metavar="NAME=PATH",
-        help="GenEval's results.jsonl, or a folder with T2I-CompBench's results in a folder for each category",
-    )
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    """Reads, prints the tables unless --json will print the report, and returns it."""
-    found: dict[str, list[Measured]] = {}
-    for words in args.measured:
-        name, separator, path = words.partition("=")
-        if not separator or not name or not path:
-            raise UserError(f"{words}: say what to call it, as in ours={words}.")
-        benchmark, measured = results.read(Path(path), name)
-        if any(other.name == name for other in found.get(benchmark, ())):
-            raise UserError(f"{name} is named twice in {benchmark}; give each its own name.")
-        found.setdefault(benchmark, []).append(measured)
-    report: dict[str, Any] = {}
-    pages = []
-    for benchmark, models in found.items():
-        scores = {model.name: estimates(model, benchmark) for model in models}
-        changes = {model.name: differences(models[0], model) for model in models[1:]}
-        notes = [note for model in models for note in model.notes]
-        pages.append(page(benchmark, scores, changes, models[0].name, notes))
-        report[benchmark] = {
-            "scores": {name: results.as_json(each) for name, each in scores.items()},
-            "differences_to_first": {name: results.as_json(each) for name, each in changes.items()},
-            "notes": notes,
-        }
-    if not args.json:
-        print("\n\n".join(pages), file=sys.stdout)
-    return report
 
 
 def estimates(model: Measured, benchmark: str) -> dict[str, Estimate]:

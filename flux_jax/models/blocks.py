@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from flux_jax.config import TransformerConfig
 from flux_jax.models.attention import attention
-from flux_jax.models.linear import Linear, RMSNorm
-from flux_jax.models.products import gated, modulated
+from flux_jax.models.fused_linear import gated, modulated
+from flux_jax.models.layers import Linear, RMSNorm
 from pallas_kernels.fused import EPS, Gelu, NormRotary
 
 

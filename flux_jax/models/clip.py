@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from flux_jax.config import CLIPConfig
 from flux_jax.models.attention import softmax_attention
-from flux_jax.models.linear import Embedding, LayerNorm, Linear, stack
+from flux_jax.models.layers import Embedding, LayerNorm, Linear, stack
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

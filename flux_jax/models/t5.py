@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from flux_jax.config import T5Config
 from flux_jax.models.attention import softmax_attention
-from flux_jax.models.linear import Embedding, Linear, RMSNorm, stack
+from flux_jax.models.layers import Embedding, Linear, RMSNorm, stack
 
 
 def relative_position_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:

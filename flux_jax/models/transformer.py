@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 from flux_jax.config import TransformerConfig
 from flux_jax.models.blocks import DoubleBlock, SingleBlock
-from flux_jax.models.linear import Linear, stack
-from flux_jax.models.products import modulate
+from flux_jax.models.fused_linear import modulate
+from flux_jax.models.layers import Linear, stack
 from flux_jax.models.ternary import scan_blocks
 
 

@@ -5,8 +5,9 @@ factor 2 ** (levels - 1) and h, w multiples of it. Each level is a few residual 
 halves by a strided convolution and the decoder doubles by repeating pixels; attention over all positions is in the
 middle. Architecture: Rombach et al. 2022 (arXiv 2112.10752), appendix; as published, diffusers' `AutoencoderKL`.
 
-`strip_bytes`, where a function takes it: the size in float32 of what is computed at a time (see `flux_jax.tiling`);
-None computes whole pictures. It changes memory, not the result, but for the rounding of sums.
+`strip_bytes`, where a function takes it: the size in float32 of what is computed at a time (see
+`flux_jax.models.vae_tiling`); None computes whole pictures. It changes memory, not the result, but for the rounding of
+sums.
 """
 
 from typing import Any
@@ -18,8 +19,8 @@ from jaxtyping import Array, Float
 
 from flux_jax.config import VAEConfig
 from flux_jax.models.attention import softmax_attention
-from flux_jax.models.linear import Conv, Linear
-from flux_jax.tiling import by_strips, rows_within
+from flux_jax.models.layers import Conv, Linear
+from flux_jax.models.vae_tiling import by_strips, rows_within
 
 EPS = 1e-6  # of every group norm; FLUX's files do not store it
 

@@ -25,12 +25,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from flux_jax.config import VAEConfig, nano
-from flux_jax.images import write_whole
+from flux_jax.io.atomic import write_whole
+from flux_jax.models.params import leaves
 from flux_jax.models.vae import VAE
 from flux_jax.nano.captions import sample
 from flux_jax.nano.runs import Folder
-from flux_jax.nano.world import render
-from flux_jax.parts import leaves
+from flux_jax.nano.scenes import render
 
 KL_WEIGHT = 6e-4
 LEARNING_RATE = 5e-3

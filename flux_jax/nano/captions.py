@@ -33,7 +33,7 @@ from itertools import permutations, product
 
 import numpy as np
 
-from flux_jax.nano.world import COLORS, SHAPES, USUAL_COLORS, Scene, paint, place
+from flux_jax.nano.scenes import COLORS, SHAPES, USUAL_COLORS, Scene, paint, place
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ")

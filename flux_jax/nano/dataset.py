@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import FluxConfig
 from flux_jax.models.vae import VAE
-from flux_jax.nano import captions, world
-from flux_jax.sampling import pack_latents
-from flux_jax.tokenizers import Tokenizers
+from flux_jax.nano import captions, scenes
+from flux_jax.sampling.schedule import pack_latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def load_or_build(
         return Dataset(**arrays)
 
 
-def example(seed: int, index: int) -> tuple[str, world.Scene]:
+def example(seed: int, index: int) -> tuple[str, scenes.Scene]:
     """Caption and scene number `index`. One caption in six begins with a capital, one in six ends with a full stop:
     T5's tokens tell these apart, and people write both."""
     rng = np.random.default_rng((seed, index))
@@ -71,8 +71,8 @@ def _build(vae: VAE, tokenizers: Tokenizers, config: FluxConfig, seed: int, coun
         examples = [example(seed, i) for i in range(start, start + chunk)]
         texts += [text for text, _ in examples]
         meanings += [captions.meaning(caption) for text, _ in examples if (caption := captions.parse(text))]
-        layouts += [world.layout(scene, config.default_grid[0], size) for _, scene in examples]
-        images = np.stack([world.render(scene, size) for _, scene in examples])
+        layouts += [scenes.layout(scene, config.default_grid[0], size) for _, scene in examples]
+        images = np.stack([scenes.render(scene, size) for _, scene in examples])
         if pending is not None:  # encoded while these scenes were drawn
             tokens.append(np.asarray(pending, np.float16))
         pending = encode(vae, images)

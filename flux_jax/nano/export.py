@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flux_jax import checkpoint, storage, verify
+from flux_jax.checkpoints import checkpoint, checksums, writer
+from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import FluxConfig, nano
 from flux_jax.errors import UserError
+from flux_jax.io import atomic
+from flux_jax.models.params import abstract_part, assemble, leaves
 from flux_jax.models.vae import VAE
 from flux_jax.nano import vocabulary
 from flux_jax.nano.captions import VOCABULARY
 from flux_jax.nano.card import card, student_card
-from flux_jax.parts import abstract_part, assemble, leaves
-from flux_jax.tokenizers import Tokenizers
 
 LICENCE = "Apache-2.0"
 
@@ -91,7 +92,7 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
     text = card(run, evaluation)
     parts = {"transformer": networks.transformer, "t5": encoders.t5, "clip": encoders.clip, "vae": vae}
     parts = {name: jax.tree.map(lambda x: x.astype(jnp.bfloat16), module) for name, module in parts.items()}
-    checkpoint.save(
+    writer.save(
         out,
         config,
         parts,
@@ -117,12 +118,12 @@ def export_student(student: Path, out: Path, evaluation: Path | None = None, ove
         raise UserError(f"{student} is no student of flux_jax.distill.")
     if out.exists() and not (overwrite and checkpoint.is_checkpoint(out)):
         raise UserError(f"{out} exists already: choose another name, or give --overwrite to replace a checkpoint.")
-    working = storage.working_name(out)
-    storage.begin(working)
+    working = atomic.working_name(out)
+    atomic.begin(working)
     try:
         shutil.copytree(stored.directory, working, dirs_exist_ok=True)
         finish(working, student_card(quantization, evaluation), evaluation)
-        storage.publish(working, out)
+        atomic.publish(working, out)
     finally:
         shutil.rmtree(working, ignore_errors=True)
 
@@ -133,4 +134,4 @@ def finish(out: Path, text: str, evaluation: Path | None) -> None:
     if evaluation is not None:
         shutil.copy(evaluation / "sheet.png", out / "sheet.png")
         shutil.copy(evaluation / "summary.json", out / "training" / "summary.json")
-    verify.write(out)
+    checksums.write(out)

@@ -24,14 +24,14 @@ from jaxtyping import Array, Float, UInt8
 
 from flux_jax.config import FluxConfig
 from flux_jax.models.attention import rotary
-from flux_jax.models.linear import Linear
-from flux_jax.models.mixed import use_mixed_products
+from flux_jax.models.layers import Linear
 from flux_jax.models.transformer import Embedder, Transformer
 from flux_jax.nano.dataset import Dataset
+from flux_jax.nano.scenes import COLORS, SHAPES
 from flux_jax.nano.text import TextEncoders
 from flux_jax.nano.training import Recipe
-from flux_jax.nano.world import COLORS, SHAPES
-from flux_jax.sampling import position_ids, shift_mu
+from flux_jax.sampling.schedule import position_ids, shift_mu
+from flux_jax.training.mixed_precision import use_mixed_products
 
 NO_GUIDANCE = 1.0  # the guidance input that stands for the plain conditional velocity
 

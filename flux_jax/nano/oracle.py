@@ -22,7 +22,7 @@ import numpy as np
 from scipy import ndimage
 
 from flux_jax.nano.captions import Caption
-from flux_jax.nano.world import BACKGROUNDS, COLORS, SHAPES, coverage
+from flux_jax.nano.scenes import BACKGROUNDS, COLORS, SHAPES, coverage
 
 MAX_COLOR_ERROR = 46.0  # RGB distance of an object from its palette colour (jitter makes up to 17)
 MAX_BACKGROUND_ERROR = 32.0  # the same for the background and its nearest known tone

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from flux_jax.images import write_whole
+from flux_jax.io.atomic import write_whole
 
 
 class Folder:

@@ -17,16 +17,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import FluxConfig
-from flux_jax.images import write_whole
+from flux_jax.io.atomic import write_whole
 from flux_jax.models.clip import CLIPText
-from flux_jax.models.linear import Linear
-from flux_jax.models.mixed import use_mixed_products
+from flux_jax.models.layers import Linear
 from flux_jax.models.t5 import T5Encoder
 from flux_jax.nano.captions import MEANINGS, NOUNS, evaluation_captions, meaning
 from flux_jax.nano.dataset import Dataset
 from flux_jax.nano.training import Recipe, Trainer
-from flux_jax.tokenizers import Tokenizers
+from flux_jax.training.mixed_precision import use_mixed_products
 
 
 class TextEncoders(nnx.Module):

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from flux_jax.images import write_whole
+from flux_jax.io.atomic import write_whole
 from flux_jax.nano.dataset import Dataset
 from flux_jax.nano.runs import Folder
 

@@ -1,8 +1,8 @@
 """FLUX-nano's tokenizers: a real T5 (Unigram) and a real CLIP (byte-level BPE) tokenizer over a few hundred tokens.
 
 In: the texts whose words must each be one token (the caption grammar's). Out: two folders, `t5` and `clip`, with the
-files that both `flux_jax.tokenizers` and transformers read. Any other text is spelt in characters (T5: <unk> beyond
-ASCII) or UTF-8 bytes (CLIP). The same texts give the same files, byte for byte.
+files that both `flux_jax.checkpoints.tokenizers` and transformers read. Any other text is spelt in characters (T5:
+<unk> beyond ASCII) or UTF-8 bytes (CLIP). The same texts give the same files, byte for byte.
 """
 
 import itertools
@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flux_jax.checkpoints.tokenizers import END, START, clip_tokenizer, t5_tokenizer
 from flux_jax.config import FluxConfig, nano
-from flux_jax.tokenizers import END, START, clip_tokenizer, t5_tokenizer
 
 SPACE = "\u2581"
 PRINTABLE = [chr(code) for code in range(33, 127)]

@@ -43,4 +43,4 @@ def test_what_cannot_be_imported_is_said(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="not all is as it should be") as error:
         machine.main(["--rows", str(path)])
     assert error.value.exit_code == 1
-    assert journal.read(path)[-1]["failure"] == "ModuleNotFoundError: No module named 'flux_jax.pipeline'"
+    assert journal.read(path)[-1]["failure"] == "ModuleNotFoundError: No module named 'flux_jax.sampling.pipeline'"

@@ -8,8 +8,8 @@ import pytest
 
 from bench import memory, report
 from flux_jax.config import dev, nano
-from flux_jax.parts import abstract_part
-from flux_jax.quantize import abstract_ternary, ternary_paths
+from flux_jax.models.params import abstract_part
+from flux_jax.models.quantize import abstract_ternary, ternary_paths
 
 
 def test_the_loops_reading_is_counted_from_what_it_carries():

@@ -7,9 +7,9 @@ import pytest
 
 from bench import implementations, memory, products, synthetic
 from flux_jax.config import dev, nano
-from flux_jax.denoise import denoise
 from flux_jax.models import ternary
-from flux_jax.quantize import ternary_paths
+from flux_jax.models.quantize import ternary_paths
+from flux_jax.sampling.programs import denoise
 from pallas_kernels import Target, compiling_for, fused, unpack_ternary
 from pallas_kernels.settings import EPILOGUES
 

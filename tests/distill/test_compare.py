@@ -8,9 +8,9 @@ import pytest
 import tiny_distillation as tiny
 from flax import nnx
 
-from flux_jax import checkpoint
-from flux_jax.distill import compare
-from flux_jax.prompts import split
+from flux_jax.checkpoints import checkpoint, writer
+from flux_jax.cli import velocity_error
+from flux_jax.io.prompts import split
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
 
@@ -32,9 +32,9 @@ def test_a_scaled_velocity_is_wrong_by_its_scale(folder, capsys):
     last.weight, last.bias = (nnx.Param(1.1 * leaf[...]) for leaf in (last.weight, last.bias))
     parts = {part: stored.load(part, jnp.float32) for part in ("t5", "clip", "vae")}
     rest = {"tokenizers": stored.tokenizers}
-    checkpoint.save(folder / "scaled", stored.config, parts | {"transformer": scaled}, **rest)
+    writer.save(folder / "scaled", stored.config, parts | {"transformer": scaled}, **rest)
     words = [str(folder / name) for name in ("teacher", "teacher", "scaled")]
-    assert compare.main([*words, "--rounded", "--prompts", str(folder / "prompts.txt"), "--count", "9"]) == 0
+    assert velocity_error.main([*words, "--rounded", "--prompts", str(folder / "prompts.txt"), "--count", "9"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)["students"]
     same, wrong, rounded = (found[name] for name in (words[0], words[2], "rounded"))
@@ -53,6 +53,6 @@ def test_what_cannot_be_compared_is_one_sentence(folder, tmp_path, capsys):
     for words in ([teacher, teacher, "--prompts", str(tmp_path / "p.txt")],
                   [teacher, "--prompts", str(folder / "prompts.txt")],
                   [teacher, "nano-bf16", "--prompts", str(folder / "prompts.txt")]):  # fmt: skip
-        assert compare.main(words) == 2
+        assert velocity_error.main(words) == 2
         error = capsys.readouterr().err.strip()
         assert error and "\n" not in error

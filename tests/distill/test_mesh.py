@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny_distillation as tiny
 
-from flux_jax.distill import mesh as meshes
 from flux_jax.errors import UserError
+from flux_jax.training import mesh as meshes
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
 EIGHT = """

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from flux_jax import prompts
+from flux_jax.cli import prompts as program
 from flux_jax.errors import UserError
+from flux_jax.io import prompts
 from flux_jax.nano.captions import in_training, parse
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "prompts"
@@ -34,10 +35,10 @@ def test_the_papers_calibration_set_is_7232_prompts_and_7190_different_ones():
 
 @here
 def test_published_files_have_the_digests_that_fetch_expects():
-    local = {file.name: file for file in SHARED.glob("*/*") if file.name in prompts.FILES}
-    assert local.keys() == prompts.FILES.keys()
+    local = {file.name: file for file in SHARED.glob("*/*") if file.name in program.FILES}
+    assert local.keys() == program.FILES.keys()
     for name, file in local.items():
-        assert hashlib.sha256(file.read_bytes()).hexdigest() == prompts.FILES[name][1], name
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == program.FILES[name][1], name
 
 
 def test_formats(tmp_path):
@@ -83,7 +84,7 @@ def test_fetch_takes_what_is_missing_and_refuses_what_differs(tmp_path, monkeypa
     served.mkdir()
     texts = {"one.txt": b"a\nb\n", "two.tsv": b"Prompt\nc\n"}
     files = {name: ("http://unused.invalid", hashlib.sha256(data).hexdigest()) for name, data in texts.items()}
-    monkeypatch.setattr(prompts, "FILES", files)
+    monkeypatch.setattr(program, "FILES", files)
     for name, data in texts.items():
         (served / name).write_bytes(data)
     asked = []
@@ -97,7 +98,7 @@ def test_fetch_takes_what_is_missing_and_refuses_what_differs(tmp_path, monkeypa
         address = f"http://127.0.0.1:{server.server_port}/"
 
         def fetch():
-            return prompts.main(["fetch", str(got), "--server", address])
+            return program.main(["fetch", str(got), "--server", address])
 
         assert fetch() == 0
         assert {path.name: path.read_bytes() for path in got.iterdir()} == texts
@@ -118,12 +119,12 @@ def test_fetch_takes_what_is_missing_and_refuses_what_differs(tmp_path, monkeypa
 
 
 def test_nano_captions_are_different_and_hold_nothing_of_the_evaluation(tmp_path, capsys):
-    assert prompts.main(["nano", str(tmp_path / "n.txt"), "--count", "300"]) == 0
+    assert program.main(["nano", str(tmp_path / "n.txt"), "--count", "300"]) == 0
     captions = prompts.read(tmp_path / "n.txt")
     assert len(set(captions)) == 300
     assert all(in_training(parse(caption)) for caption in captions)
-    assert prompts.main(["nano", str(tmp_path / "n.txt"), "--count", "3"]) == 2  # it exists
-    assert prompts.main(["nano", str(tmp_path / "m.txt"), "--count", "0"]) == 2
+    assert program.main(["nano", str(tmp_path / "n.txt"), "--count", "3"]) == 2  # it exists
+    assert program.main(["nano", str(tmp_path / "m.txt"), "--count", "0"]) == 2
     capsys.readouterr()
-    assert prompts.main(["count", str(tmp_path / "n.txt"), str(tmp_path / "n.txt")]) == 0
+    assert program.main(["count", str(tmp_path / "n.txt"), str(tmp_path / "n.txt")]) == 0
     assert json.loads(capsys.readouterr().out)["prompts"] == 600

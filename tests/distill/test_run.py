@@ -16,14 +16,15 @@ import pytest
 import tiny_distillation as tiny
 from flax import nnx
 
-from flux_jax import checkpoint, quantize
+from flux_jax.checkpoints import checkpoint, writer
+from flux_jax.cli.distill import main, usable_cores
 from flux_jax.distill import end_to_end, export
-from flux_jax.distill.__main__ import main, usable_cores
 from flux_jax.distill.options import Options
 from flux_jax.distill.run import prepare, teach
 from flux_jax.distill.trajectories import load_or_make
 from flux_jax.errors import UserError
-from flux_jax.prompts import held_out, split
+from flux_jax.io.prompts import held_out, split
+from flux_jax.models import quantize
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
 PHASES = ("double_blocks.0", "single_blocks.0")
@@ -166,7 +167,7 @@ def test_the_packed_student_gives_the_velocity_of_the_trained_one(folder, tmp_pa
 def test_trajectories_are_the_pipelines(folder, tmp_path):
     """The last point and its velocity lead to the picture that the pipeline draws from the same noise."""
     from flux_jax.distill.trajectories import Maker
-    from flux_jax.pipeline import FluxPipeline
+    from flux_jax.sampling.pipeline import FluxPipeline
 
     options = dataclasses.replace(tiny.OPTIONS, dtype="float32", phases="none")
     work = prepare(folder / "teacher", tmp_path / "run", tiny.PROMPTS, options, None)
@@ -273,7 +274,7 @@ def test_teachers_prompts_and_folders_that_will_not_do(folder, tmp_path, monkeyp
     ternary = tmp_path / "ternary"
     modules = {"transformer": quantize.quantize_transformer(tiny.tiny_model.modules(made)["transformer"])}
     about = {"layout": 1, "method": "least-squares", "distilled": False, "activations": "bf16"}
-    checkpoint.save(ternary, made, modules, quantization=about)
+    writer.save(ternary, made, modules, quantization=about)
     refused(folder, run, tiny.PROMPTS, "ternary already", teacher=ternary)
     (tmp_path / "file").write_text("")
     refused(folder, tmp_path / "file" / "run", tiny.PROMPTS, "Cannot write")

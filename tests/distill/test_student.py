@@ -12,9 +12,9 @@ from tiny_distillation import config
 from flux_jax.distill import student, training
 from flux_jax.distill.options import Options
 from flux_jax.models.blocks import SingleBlock
-from flux_jax.models.linear import Linear
+from flux_jax.models.layers import Linear
+from flux_jax.models.quantize import ternarize
 from flux_jax.models.ternary import TernaryLinear
-from flux_jax.quantize import ternarize
 
 N, K = 6, 24
 

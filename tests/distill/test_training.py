@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flux_jax.distill import mesh as meshes
-from flux_jax.distill.metrics import Metrics
 from flux_jax.distill.options import Options
 from flux_jax.distill.training import Fit, Plan, begin, schedule, update
 from flux_jax.errors import UserError
+from flux_jax.training import mesh as meshes
+from flux_jax.training.metrics import Metrics
 
 OPTIONS = Options(learning_steps=8, save_every=4, log_every=1, max_skipped=2, batch=4, learning_rate=0.1)
 

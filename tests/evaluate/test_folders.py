@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flux_jax.errors import UserError
-from flux_jax.evaluate import benchmarks, folders
+from flux_jax.evaluate import benchmarks, image_folders
 from flux_jax.evaluate.benchmarks import Prompt
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def record(picture, image):
 
 
 def make(painter, out, pictures=PICTURES, devices=("one",)):
-    return folders.make(pictures, out, painter, record, devices)
+    return image_folders.make(pictures, out, painter, record, devices)
 
 
 def files(out):
@@ -79,15 +79,15 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, "tests/evaluate")
 import test_folders as t
-from flux_jax import images
-publish, count = images._publish_new, 0
+from flux_jax.io import atomic
+publish, count = atomic._publish_new, 0
 def dies(temporary, path):
     global count
     count += path.suffix == ".png"
     if count == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     publish(temporary, path)
-images._publish_new = dies
+atomic._publish_new = dies
 t.make(t.Painter(), Path(sys.argv[1]))
 """
 
@@ -101,10 +101,10 @@ def test_a_killed_run_goes_on(tmp_path):
     for path in whole:
         Image.open(path).load()
     painter = Painter()
-    folders.sweep(PICTURES, tmp_path)  # not before all is there: another machine may be writing
+    image_folders.sweep(PICTURES, tmp_path)  # not before all is there: another machine may be writing
     assert list(tmp_path.rglob(".flux-*.part"))
     assert make(painter, tmp_path) == len(painter.drawn) == 7
-    folders.sweep(PICTURES, tmp_path)
+    image_folders.sweep(PICTURES, tmp_path)
     assert {path: os.stat(path).st_mtime_ns for path in whole} == whole
     make(Painter(), reference := tmp_path.with_name(tmp_path.name + "-reference"))
     assert files(tmp_path) == files(reference)
@@ -125,20 +125,20 @@ def test_a_picture_that_appears_meanwhile_is_not_made(tmp_path):
         make(painter, tmp_path, PICTURES[2:])  # another machine, between planning and drawing
         return painter(device)
 
-    assert folders.make(PICTURES, tmp_path, overtaken, record, ["one"]) == 2
+    assert image_folders.make(PICTURES, tmp_path, overtaken, record, ["one"]) == 2
     assert len(painter.drawn) == 10
 
 
 def test_other_settings_never_mix(tmp_path):
     settings = {"model": {"sha256": "a"}, "sampling": {"steps": 4}, "seed": 42}
-    folders.stamp(tmp_path / "out", settings)
-    folders.stamp(tmp_path / "out", settings)
+    image_folders.stamp(tmp_path / "out", settings)
+    image_folders.stamp(tmp_path / "out", settings)
     with pytest.raises(UserError, match="made with another model and seed; choose another --out"):
-        folders.stamp(tmp_path / "out", settings | {"model": {"sha256": "b"}, "seed": 1})
+        image_folders.stamp(tmp_path / "out", settings | {"model": {"sha256": "b"}, "seed": 1})
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "00000").mkdir()
     with pytest.raises(UserError, match="not of this program's making"):
-        folders.stamp(tmp_path / "theirs", settings)
-    (tmp_path / "out" / folders.RUN).write_text("{")
+        image_folders.stamp(tmp_path / "theirs", settings)
+    (tmp_path / "out" / image_folders.RUN).write_text("{")
     with pytest.raises(UserError, match="Cannot read"):
-        folders.stamp(tmp_path / "out", settings)
+        image_folders.stamp(tmp_path / "out", settings)

@@ -11,8 +11,8 @@ import pytest
 import tiny_model
 from PIL import Image
 
-from flux_jax.evaluate.__main__ import main
-from flux_jax.pipeline import FluxPipeline
+from flux_jax.cli.evaluate import main
+from flux_jax.sampling.pipeline import FluxPipeline
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
 ROOT = Path(__file__).parents[2]

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from flux_jax.cli.evaluate import main
 from flux_jax.evaluate import nano
-from flux_jax.evaluate.__main__ import main
 from flux_jax.nano.captions import EVALUATION, evaluation_captions, parse, scene_for
-from flux_jax.nano.world import render
+from flux_jax.nano.scenes import render
 
 EVERY = 23  # a subset with every tag in it
 

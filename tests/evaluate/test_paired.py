@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flux_jax.cli.evaluate import main
 from flux_jax.errors import UserError
 from flux_jax.evaluate import nano, paired
-from flux_jax.evaluate.__main__ import main
 from flux_jax.evaluate.models import Variant
 from flux_jax.evaluate.statistics import paired_difference
 from flux_jax.nano.captions import parse, scene_for
-from flux_jax.nano.world import render
+from flux_jax.nano.scenes import render
 
 
 def rows(verdicts):

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flux_jax.cli.evaluate import main
 from flux_jax.errors import UserError
 from flux_jax.evaluate import paper, results, scoring
-from flux_jax.evaluate.__main__ import main
 from flux_jax.evaluate.benchmarks import CATEGORIES
 from flux_jax.evaluate.geneval import TAGS
 

@@ -9,7 +9,7 @@ import functools
 import jax
 import pytest
 
-from flux_jax import aot
+from flux_jax.runtime import aot
 from pallas_kernels import Target, compiling_for, current_target, supported, triton, triton_rows
 
 KERNELS = (triton, "matmul"), (triton_rows, "norm_modulate_quantize"), (triton_rows, "concatenate_quantize")

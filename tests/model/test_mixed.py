@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flux_jax.models.linear import Linear
-from flux_jax.models.mixed import mixed_product, use_mixed_products
+from flux_jax.models.layers import Linear
+from flux_jax.training.mixed_precision import mixed_product, use_mixed_products
 
 
 def rounded(x) -> np.ndarray:

@@ -14,8 +14,8 @@ from flax import nnx
 from flux_jax.distill.options import Options
 from flux_jax.distill.student import student_of
 from flux_jax.models.attention import rotary
-from flux_jax.quantize import quantize_transformer
-from flux_jax.sampling import position_ids
+from flux_jax.models.quantize import quantize_transformer
+from flux_jax.sampling.schedule import position_ids
 from pallas_kernels import Target, compiling_for, pack_ternary, ternary_matmul
 from pallas_kernels.fused import Gelu, fused_matmul
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flux_jax.models.linear import layer_norm
-from flux_jax.models.products import gated, modulated
+from flux_jax.models.fused_linear import gated, modulated
+from flux_jax.models.layers import layer_norm
 from flux_jax.models.ternary import TernaryLinear
 from pallas_kernels import Target, compiling_for
 from pallas_kernels.fused import Gelu, NormRotary

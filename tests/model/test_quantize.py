@@ -14,10 +14,10 @@ from hypothesis.extra import numpy as hnp
 
 from convert.engine import expected
 from convert.rules import FORMATS
-from flux_jax import quantize
 from flux_jax.config import dev
-from flux_jax.parts import abstract_part, leaf_table
-from flux_jax.quantize import report, ternarize, ternary_paths
+from flux_jax.models import quantize
+from flux_jax.models.params import abstract_part, leaf_table
+from flux_jax.models.quantize import report, ternarize, ternary_paths
 
 K = 6
 ALL_CODES = np.array(list(itertools.product((-1, 0, 1), repeat=K)), np.float64)

@@ -10,13 +10,13 @@ import pytest
 import tiny_model
 from flax import nnx
 
-from flux_jax.denoise import Conditions, denoise
 from flux_jax.models.attention import rotary
-from flux_jax.models.linear import Linear
+from flux_jax.models.layers import Linear
+from flux_jax.models.params import abstract_part, assemble, dotted, leaf_table, leaves
+from flux_jax.models.quantize import abstract_ternary, is_ternary, quantize_transformer, replace_linears, ternarize
 from flux_jax.models.ternary import PackedTernary, TernaryLinear
-from flux_jax.parts import abstract_part, assemble, dotted, leaf_table, leaves
-from flux_jax.quantize import abstract_ternary, is_ternary, quantize_transformer, replace_linears, ternarize
-from flux_jax.sampling import position_ids
+from flux_jax.sampling.programs import Conditions, denoise
+from flux_jax.sampling.schedule import position_ids
 from pallas_kernels import Target, compiling_for, packed_width
 
 PICTURES = 5

@@ -12,7 +12,7 @@ from flax import nnx
 from flux_jax.config import TransformerConfig, dev, nano
 from flux_jax.models.attention import rotary
 from flux_jax.models.transformer import Transformer, sinusoidal
-from flux_jax.sampling import position_ids
+from flux_jax.sampling.schedule import position_ids
 
 FULL_WIDTH = 1e-4  # the same for sums of 3,072 to 15,360 products
 BF16 = 2e-2  # relative RMS error of the velocity: 8 bits of mantissa through every layer

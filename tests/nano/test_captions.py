@@ -34,8 +34,8 @@ from flux_jax.nano.captions import (
     unseen_place,
 )
 from flux_jax.nano.oracle import contradiction
-from flux_jax.nano.oracle_error import truth
-from flux_jax.nano.world import COLORS, SHAPES, USUAL_COLORS
+from flux_jax.nano.oracle_calibration import truth
+from flux_jax.nano.scenes import COLORS, SHAPES, USUAL_COLORS
 
 COMMAND = "a red circle to the left of a blue square"
 

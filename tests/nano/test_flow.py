@@ -12,9 +12,9 @@ from flax import nnx
 from flux_jax.config import CLIPConfig, T5Config, nano
 from flux_jax.nano import flow
 from flux_jax.nano.dataset import Dataset, example
+from flux_jax.nano.scenes import COLORS, SHAPES
 from flux_jax.nano.text import TextEncoders
 from flux_jax.nano.training import Recipe, Trainer
-from flux_jax.nano.world import COLORS, SHAPES
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
 SMALL = dataclasses.replace(

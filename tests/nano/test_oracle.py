@@ -9,8 +9,8 @@ import pytest
 
 from flux_jax.nano.captions import parse
 from flux_jax.nano.oracle import Found, Reading, contradiction, read, relations, score
-from flux_jax.nano.oracle_error import measure, word_changes
-from flux_jax.nano.world import BACKGROUNDS, COLORS, SHAPES, Object, Scene, render, sample_scene
+from flux_jax.nano.oracle_calibration import measure, word_changes
+from flux_jax.nano.scenes import BACKGROUNDS, COLORS, SHAPES, Object, Scene, render, sample_scene
 
 
 def verdict(text: str, *things: Object, background: int = 0):

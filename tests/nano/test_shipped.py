@@ -5,13 +5,13 @@ import hashlib
 import numpy as np
 import pytest
 
-from flux_jax import verify
-from flux_jax.checkpoint import Checkpoint, resolve
-from flux_jax.distill.workspace import teacher_digest
+from flux_jax.checkpoints import checksums
+from flux_jax.checkpoints.checkpoint import Checkpoint, resolve
+from flux_jax.cli.nano import main
+from flux_jax.distill.run_context import teacher_digest
 from flux_jax.nano.captions import Spec, phrase
-from flux_jax.nano.train import main
-from flux_jax.nano.world import COLORS, SHAPES
-from flux_jax.pipeline import FluxPipeline
+from flux_jax.nano.scenes import COLORS, SHAPES
+from flux_jax.sampling.pipeline import FluxPipeline
 
 MODELS = ("nano-bf16", "nano-1.58bit")
 MAX_BYTES = 30e6  # of all models together
@@ -64,7 +64,7 @@ def test_a_student_is_exported_whole_also_in_its_own_place(tmp_path):
     assert main(["student", str(resolve("nano")), str(out)]) == 0
     assert main(["student", str(out), str(out)]) == 2  # in the way
     assert main(["student", str(out), str(out), "--overwrite"]) == 0
-    assert verify.check(out) > 10
+    assert checksums.check(out) > 10
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

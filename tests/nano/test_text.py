@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import CLIPConfig, T5Config, nano
 from flux_jax.nano import text
 from flux_jax.nano.captions import MEANINGS, NOUNS, VOCABULARY, meaning, parse
 from flux_jax.nano.dataset import Dataset
 from flux_jax.nano.training import Recipe, Trainer
 from flux_jax.nano.vocabulary import build
-from flux_jax.tokenizers import Tokenizers
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
 SMALL = dataclasses.replace(

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from flux_jax.nano.world import (
+from flux_jax.nano.scenes import (
     BACKGROUNDS,
     COLORS,
     GAP,

@@ -11,25 +11,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flux_jax import aot
 from flux_jax.errors import UserError
+from flux_jax.runtime import aot
 
 ROOT = Path(__file__).parents[2]
 PRESENT = any(map(importlib.util.find_spec, aot.PLUGINS))
 needs_plugin = pytest.mark.skipif(not PRESENT, reason="needs JAX's CUDA plugin (the extra aot)")
 
-# All compiling in one process of its own, in which JAX starts as `flux_jax.aot` wants it to. The product is traced for
-# the CPU first: what was traced for one device must not be taken for another.
+# All compiling in one process of its own, in which JAX starts as `flux_jax.runtime.aot` wants it to. The product is
+# traced for the CPU first: what was traced for one device must not be taken for another.
 SCRIPT = """
 import json, re, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from flux_jax import aot
+from flux_jax.runtime import aot
 from flux_jax.models.attention import attention
-from flux_jax.models.linear import Linear
-from flux_jax.models.products import modulated
+from flux_jax.models.layers import Linear
+from flux_jax.models.fused_linear import modulated
 from flux_jax.models.ternary import TernaryLinear
 from pallas_kernels import current_target, ternary_matmul
 from pallas_kernels.fused import Gelu

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from flux_jax import checkpoint, trees
-from flux_jax.checkpoint import MANIFEST, Checkpoint, Writer, resolve, save
+from flux_jax.checkpoints import checkpoint, orbax_writer
+from flux_jax.checkpoints.checkpoint import MANIFEST, Checkpoint, resolve
+from flux_jax.checkpoints.writer import Writer, save
 from flux_jax.errors import UserError
-from flux_jax.parts import PARTS, leaves
-from flux_jax.storage import flatten, nest
+from flux_jax.models.params import PARTS, leaves
 
 CONFIG = tiny_model.config()
 # When one of its reads or writes fails, Orbax closes the event loop under the others, and each of them says so.
@@ -80,7 +81,7 @@ def test_a_dtype_is_converted_only_when_asked_for(pristine, modules):
 
 
 def test_anyone_reads_a_part_with_orbax_alone(pristine, modules):
-    tree = flatten(ocp.load(pristine.absolute() / "transformer"))
+    tree = flatten_dict(ocp.load(pristine.absolute() / "transformer"), sep=".")
     assert all(np.array_equal(tree[name], value) for name, value in leaves(modules["transformer"]))
     assert "single_blocks.1.linear1.weight" in tree
 
@@ -102,7 +103,7 @@ def test_single_weights_and_streams(pristine, modules, monkeypatch):
 
 
 def test_a_part_larger_than_the_buffer_is_the_same_checkpoint(pristine, modules, tmp_path, monkeypatch):
-    monkeypatch.setattr(trees, "FLUSH_BYTES", 100_000)
+    monkeypatch.setattr(orbax_writer, "FLUSH_BYTES", 100_000)
     save(tmp_path / "pieces", CONFIG, {"transformer": modules["transformer"]})
     pieces, whole = Checkpoint.open(tmp_path / "pieces"), Checkpoint.open(pristine)
     assert pieces.table("transformer") == whole.table("transformer")
@@ -122,8 +123,8 @@ def test_read_only_directory(saved, modules):
 EIGHT = """
 import sys, jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from flux_jax import checkpoint, trees
-from flux_jax.parts import leaves
+from flux_jax.checkpoints import checkpoint, writer
+from flux_jax.models.params import leaves
 assert jax.device_count() == 8
 opened = checkpoint.Checkpoint.open(sys.argv[1])
 mesh = jax.make_mesh((8,), ("model",))
@@ -136,7 +137,7 @@ assert len(weight.sharding.device_set) == 8 and weight.addressable_shards[0].dat
 copied = opened.load("transformer", sharding=mesh)
 assert copied.img_in.weight[...].sharding.is_fully_replicated
 assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(leaves(split), leaves(copied), strict=True))
-checkpoint.save(sys.argv[2], opened.config, {"transformer": split})
+writer.save(sys.argv[2], opened.config, {"transformer": split})
 """
 
 
@@ -181,10 +182,10 @@ def test_all_faults_of_a_table_in_one_message(saved):
 
 
 def test_files_that_lack_a_weight(saved):
-    tree = flatten(ocp.load(saved.absolute() / "clip"))
+    tree = flatten_dict(ocp.load(saved.absolute() / "clip"), sep=".")
     del tree["final_norm.bias"]
     shutil.rmtree(saved / "clip")
-    ocp.save(saved.absolute() / "clip", nest(tree))
+    ocp.save(saved.absolute() / "clip", unflatten_dict(tree, sep="."))
     with pytest.raises(UserError, match=r"missing in the files: final_norm\.bias"):
         Checkpoint.open(saved).load("clip")
 
@@ -329,7 +330,7 @@ def test_a_full_disk(modules, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flushed", [2**28, 10**6], ids=["at the end", "on the way"])
 def test_writes_that_fail_in_orbax_itself(flushed, tmp_path, monkeypatch):
     """The same, with a real limit on the size of files instead of a full disk."""
-    monkeypatch.setattr(trees, "FLUSH_BYTES", flushed)
+    monkeypatch.setattr(orbax_writer, "FLUSH_BYTES", flushed)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # the limit would cut it, and Python would keep it
 
     def write():

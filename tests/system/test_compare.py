@@ -13,11 +13,12 @@ import tiny_judges
 import tiny_model
 from PIL import Image
 
-from flux_jax import checkpoint, quantize
+from flux_jax.checkpoints import writer
+from flux_jax.cli.compare import main
 from flux_jax.compare import clip, drawing, lpips, metrics, report
-from flux_jax.compare.__main__ import main
 from flux_jax.evaluate import nano
-from flux_jax.pipeline import FluxPipeline
+from flux_jax.models import quantize
+from flux_jax.sampling.pipeline import FluxPipeline
 from pallas_kernels import LAYOUT_VERSION
 
 pytest.importorskip("skimage", reason="needs the extra `evaluate`")
@@ -35,9 +36,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     parts = tiny_model.modules(config)
     ternary = quantize.quantize_transformer(parts["transformer"], "least-squares")
     how = {"layout": LAYOUT_VERSION, "method": "least-squares", "distilled": True, "activations": "bf16"}
-    checkpoint.save(root / "one", config, parts, tokenizers=words)
-    checkpoint.save(root / "other", config, tiny_model.modules(config, 1), tokenizers=words)
-    checkpoint.save(root / "ternary", config, parts | {"transformer": ternary}, tokenizers=words, quantization=how)
+    writer.save(root / "one", config, parts, tokenizers=words)
+    writer.save(root / "other", config, tiny_model.modules(config, 1), tokenizers=words)
+    writer.save(root / "ternary", config, parts | {"transformer": ternary}, tokenizers=words, quantization=how)
     return {name: str(root / name) for name in ("one", "other", "ternary")}
 
 

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from convert import run
 from convert.__main__ import main
-from flux_jax import checkpoint, storage
-from flux_jax.checkpoint import Checkpoint
+from flux_jax.checkpoints import writer
+from flux_jax.checkpoints.checkpoint import Checkpoint
+from flux_jax.io import atomic
 
 BF16 = ml_dtypes.bfloat16
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -256,7 +257,7 @@ def test_the_disk_runs_full_on_the_way(folder, command, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(storage, "sync_tree", full)  # the last thing before the checkpoint gets its name
+    monkeypatch.setattr(atomic, "sync_tree", full)  # the last thing before the checkpoint gets its name
     code, _, err = command(folder, tmp_path / "out")
     assert code == 2
     assert "full" in err
@@ -354,13 +355,11 @@ def test_the_command_itself(folder, tmp_path):
 
 def test_exporting_what_diffusers_cannot_hold(tmp_path, command):
     odd = tiny_model.config()
-    checkpoint.save(
-        tmp_path / "odd", odd, tiny_model.modules(odd), tokenizers=tiny_model.tokenizers(tmp_path / "w", odd)
-    )
+    writer.save(tmp_path / "odd", odd, tiny_model.modules(odd), tokenizers=tiny_model.tokenizers(tmp_path / "w", odd))
     code, _, err = command("--to", "diffusers", tmp_path / "odd", tmp_path / "out")
     assert code == 2
     assert "timestep_dim" in err
-    checkpoint.save(tmp_path / "few", CONFIG, {})
+    writer.save(tmp_path / "few", CONFIG, {})
     code, _, err = command("--to", "diffusers", tmp_path / "few", tmp_path / "out")
     assert code == 2
     assert "diffusers needs every part" in err
@@ -372,11 +371,11 @@ def test_an_export_that_fails_or_crashed(original, tmp_path, command, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "sync_tree", full)
+        patch.setattr(atomic, "sync_tree", full)
         code, _, err = command("--to", "diffusers", original, tmp_path / "out")
     assert code == 2
     assert "the disk is full; nothing was left behind" in err
-    storage.begin(tmp_path / "out.partial")  # as a killed run leaves it
+    atomic.begin(tmp_path / "out.partial")  # as a killed run leaves it
     assert command("--to", "diffusers", original, tmp_path / "out")[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert main(["--to", "diffusers", str(original), str(tmp_path / "out"), "-q"]) == 2  # it exists

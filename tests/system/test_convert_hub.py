@@ -12,7 +12,7 @@ from huggingface_hub import errors
 
 from convert import hub
 from convert.__main__ import main
-from flux_jax.checkpoint import Checkpoint
+from flux_jax.checkpoints.checkpoint import Checkpoint
 
 
 @pytest.fixture

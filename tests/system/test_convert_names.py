@@ -14,11 +14,11 @@ import pytest
 from convert.engine import load_module, make_plan
 from convert.run import convert
 from convert.sources import Model
-from flux_jax.checkpoint import Checkpoint
+from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.config import FluxConfig, dev, schnell
 from flux_jax.errors import UserError
-from flux_jax.parts import leaves
-from flux_jax.safetensors import Entry, Source
+from flux_jax.io.safetensors import Entry, Source
+from flux_jax.models.params import leaves
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "reference" / "flux_configs"
 needs_lists = pytest.mark.skipif(not SHARED.is_dir(), reason="the lists of published names and shapes are not here")

@@ -11,9 +11,9 @@ import torch_reference as reference
 
 from convert.__main__ import main
 from convert.engine import load_module
-from flux_jax.checkpoint import Checkpoint, resolve
-from flux_jax.parts import PARTS, leaves
-from flux_jax.pipeline import FluxPipeline
+from flux_jax.checkpoints.checkpoint import Checkpoint, resolve
+from flux_jax.models.params import PARTS, leaves
+from flux_jax.sampling.pipeline import FluxPipeline
 
 LATENTS = 1e-3  # max abs error of the final latents, over four steps in float32, relative to their largest value
 PIXELS = 0.999  # of the uint8 values within 1

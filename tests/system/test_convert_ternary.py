@@ -9,18 +9,19 @@ import numpy as np
 import published
 import pytest
 import tiny_model
+from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
-from flux_jax import images
-from flux_jax.checkpoint import MANIFEST, Checkpoint, save
+from flux_jax.checkpoints.checkpoint import MANIFEST, Checkpoint
+from flux_jax.checkpoints.writer import save
+from flux_jax.cli.generate import main as generate
 from flux_jax.errors import UserError
-from flux_jax.generate import main as generate
-from flux_jax.parts import leaves
-from flux_jax.pipeline import FluxPipeline
-from flux_jax.quantize import METHODS, quantize_transformer, report, ternarize, ternary_paths
-from flux_jax.storage import flatten, nest
+from flux_jax.io import png
+from flux_jax.models.params import leaves
+from flux_jax.models.quantize import METHODS, quantize_transformer, report, ternarize, ternary_paths
+from flux_jax.sampling.pipeline import FluxPipeline
 from pallas_kernels import LAYOUT_VERSION, unpack_ternary
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -150,7 +151,7 @@ def test_activations_can_be_chosen_for_a_picture(pristine, original, tmp_path, c
         return generate([*map(str, words), *options, "--no-cache", "-q"]), capsys.readouterr().err
 
     def picture(path):
-        record = images.read_record(path)
+        record = png.read_record(path)
         with Image.open(path) as image:
             return record["model"]["activations"], np.asarray(image)
 
@@ -209,10 +210,10 @@ def test_dtypes_of_codes_and_scales(saved, kind, dtype):
 def test_damaged_contents(saved, kind, value, words):
     from orbax.checkpoint import v1 as ocp
 
-    tree = flatten(ocp.load(saved.absolute() / "transformer"))
+    tree = flatten_dict(ocp.load(saved.absolute() / "transformer"), sep=".")
     tree[f"double_blocks.0.txt.proj.{kind}"].flat[3] = value
     shutil.rmtree(saved / "transformer")
-    ocp.save(saved.absolute() / "transformer", nest(tree))
+    ocp.save(saved.absolute() / "transformer", unflatten_dict(tree, sep="."))
     with pytest.raises(UserError, match=rf"double_blocks\.0\.txt\.proj is damaged.*{words}"):
         Checkpoint.open(saved).load("transformer")
 

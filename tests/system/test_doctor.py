@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flux_jax import doctor, memory
+from flux_jax.cli import doctor
+from flux_jax.runtime import memory
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +98,7 @@ def test_memory_disk_and_preallocation(monkeypatch):
 @pytest.mark.parametrize("lost", ["orbax", "tokenizers", "jax"])
 def test_a_library_that_generation_needs_and_that_is_not_there(lost):
     """In a process where importing it fails: never a traceback, never exit status 0."""
-    code = f"import sys; sys.modules[{lost!r}] = None; from flux_jax import doctor; sys.exit(doctor.main([]))"
+    code = f"import sys; sys.modules[{lost!r}] = None; from flux_jax.cli import doctor; sys.exit(doctor.main([]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2, done.stderr
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import tiny_model
 
-from flux_jax import generate, memory, verify
-from flux_jax.checkpoint import resolve
+from flux_jax.checkpoints import checksums
+from flux_jax.checkpoints.checkpoint import resolve
+from flux_jax.cli import generate
 from flux_jax.errors import UserError
+from flux_jax.runtime import memory
 
 
 @pytest.fixture
@@ -29,10 +31,10 @@ def flip(file: Path) -> None:
 
 
 def test_a_whole_checkpoint_is_verified(model):
-    assert verify.check(model) == sum(file.is_file() for file in model.rglob("*")) - 1
-    done = subprocess.run(["sha256sum", "--quiet", "-c", verify.SUMS], cwd=model, check=False)
+    assert checksums.check(model) == sum(file.is_file() for file in model.rglob("*")) - 1
+    done = subprocess.run(["sha256sum", "--quiet", "-c", checksums.SUMS], cwd=model, check=False)
     assert done.returncode == 0
-    assert verify.check(resolve("nano")) > 10
+    assert checksums.check(resolve("nano")) > 10
 
 
 def test_a_flipped_bit_a_lost_end_and_a_lost_file_are_found(model, tmp_path, capsys):
@@ -42,7 +44,7 @@ def test_a_flipped_bit_a_lost_end_and_a_lost_file_are_found(model, tmp_path, cap
         file.write_bytes(content)
         damage(file)
         with pytest.raises(UserError, match=file.name):
-            verify.check(model)
+            checksums.check(model)
     argv = [
         "a red circle",
         "-m",
@@ -70,13 +72,13 @@ def test_a_truncated_file_is_one_sentence_without_hashes_too(model, tmp_path, ca
 
 @pytest.mark.parametrize("text", ["", "x  a\n", f"{'0' * 64}  ../a\n", f"{'0' * 64}  /a\n"])
 def test_damaged_sums(model, text):
-    (model / verify.SUMS).write_text(text)
+    (model / checksums.SUMS).write_text(text)
     if text:
         with pytest.raises(UserError, match=r"SHA256SUMS is damaged"):
-            verify.check(model)
-    (model / verify.SUMS).unlink()
+            checksums.check(model)
+    (model / checksums.SUMS).unlink()
     with pytest.raises(UserError, match="no readable SHA256SUMS"):
-        verify.check(model)
+        checksums.check(model)
 
 
 def test_too_large_a_picture_is_refused_before_it_takes_the_memory(model, tmp_path, capsys, monkeypatch):

@@ -15,8 +15,11 @@ import pytest
 import tiny_model
 from PIL import Image
 
-from flux_jax import generate, images, inputs, jobs, memory
-from flux_jax.pipeline import FluxPipeline
+from flux_jax import validation
+from flux_jax.cli import generate, requests
+from flux_jax.io import atomic, png
+from flux_jax.runtime import memory
+from flux_jax.sampling.pipeline import FluxPipeline
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +78,7 @@ def test_quiet_and_verbose(run):
 
 def test_random_seed_is_printed_and_stored(run):
     _, _, err = run("a red circle", "-o", "a.png")
-    seed = images.read_record(Path("a.png"))["seed"]
+    seed = png.read_record(Path("a.png"))["seed"]
     assert f"seed {seed} |" in err
     run("a red circle", "-o", "b.png", "--seed", seed)
     np.testing.assert_array_equal(pixels("a.png"), pixels("b.png"))
@@ -83,7 +86,7 @@ def test_random_seed_is_printed_and_stored(run):
 
 def test_record_holds_all_it_takes_to_repeat(run, model):
     run("a red “circle”", "--seed", 7, "--steps", 2, "-g", "1.5", "--size", "32x48", "-o", "first.png")
-    record = images.read_record(Path("first.png"))
+    record = png.read_record(Path("first.png"))
     assert {k: record[k] for k in ("seed", "steps", "guidance", "true_cfg", "width", "height", "dtype")} == {
         "seed": 7, "steps": 2, "guidance": 1.5, "true_cfg": 1.0, "width": 32, "height": 48, "dtype": "float32",
     }  # fmt: skip
@@ -99,10 +102,10 @@ def test_record_holds_all_it_takes_to_repeat(run, model):
     status, out, _ = run("-C", "first.png", "-o", "again.png", default_model=False)  # model and all from the record
     assert (status, out) == (0, "again.png\n")
     np.testing.assert_array_equal(pixels("again.png"), pixels("first.png"))
-    assert images.read_record(Path("again.png")) == record
+    assert png.read_record(Path("again.png")) == record
 
     run("-C", "first.png", "-o", "other.png", "--seed", 8, "-p", "two squares")  # arguments win
-    other = images.read_record(Path("other.png"))
+    other = png.read_record(Path("other.png"))
     assert (other["seed"], other["prompt"], other["steps"]) == (8, "two squares", 2)
     assert (pixels("other.png") != pixels("first.png")).any()
 
@@ -128,7 +131,7 @@ def test_json(run):
     assert set(report["timings"]) == {"load", "compile", "text", "denoise", "decode", "steps"}
     assert [(entry["path"], entry["seed"]) for entry in report["images"]] == [("1.png", 1), ("4.png", 4)]
     for entry in report["images"]:
-        record = images.read_record(Path(entry["path"]))
+        record = png.read_record(Path(entry["path"]))
         assert {**record, "path": entry["path"], "id": None} == entry
 
 
@@ -187,7 +190,7 @@ def test_prompts_from_json_lines(run):
     _, out, err = run("--prompts-file", "some.jsonl", "--seed", 3)
     assert out.split() == ["outputs/some/first-1.png", "outputs/some/00001.png"]
     assert "ignoring the keys tag" in err
-    first, second = (images.read_record(Path(path)) for path in out.split())
+    first, second = (png.read_record(Path(path)) for path in out.split())
     assert (first["seed"], first["width"]) == (9, 32)
     assert (second["seed"], second["width"], second["guidance"]) == (4, 64, 2.0)
 
@@ -195,7 +198,7 @@ def test_prompts_from_json_lines(run):
 def test_stdin(run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("a red circle\n"))
     run("-", "--seed", 7, "-o", "{prompt}.png")
-    assert images.read_record(Path("a-red-circle.png"))["prompt"] == "a red circle"
+    assert png.read_record(Path("a-red-circle.png"))["prompt"] == "a red circle"
 
 
 def test_seed_before_the_prompt(run):
@@ -216,8 +219,8 @@ def test_size_is_rounded_and_said(run):
     _, _, err = run("a red circle", "-H", 30, "-W", 64, "-o", "a.png")
     assert "height 30 is not a multiple of 16; using 32 (--strict-size to fail)." in err
     assert pixels("a.png").shape == (32, 64, 3)
-    assert inputs.aspect_size("16:9", 1024 * 1024, 16) == (1360, 768)
-    assert inputs.aspect_size("1:1", 128 * 128, 16) == (128, 128)
+    assert validation.aspect_size("16:9", 1024 * 1024, 16) == (1360, 768)
+    assert validation.aspect_size("1:1", 128 * 128, 16) == (128, 128)
 
 
 BAD = [
@@ -320,7 +323,7 @@ def test_out_of_memory(run, monkeypatch):
     def exhausted(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
-    monkeypatch.setattr("flux_jax.pipeline.FluxPipeline.__call__", exhausted)
+    monkeypatch.setattr("flux_jax.sampling.pipeline.FluxPipeline.__call__", exhausted)
     status, _, err = run("a red circle")
     assert status == 4
     assert err.startswith("Out of memory; ")
@@ -330,7 +333,7 @@ def test_interrupted(run, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flux_jax.pipeline.FluxPipeline.__call__", stop)
+    monkeypatch.setattr("flux_jax.sampling.pipeline.FluxPipeline.__call__", stop)
     assert run("a red circle")[0] == 130
 
 
@@ -340,8 +343,8 @@ def test_killed_while_writing_leaves_no_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", full)
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(images.UserError, match="No space left"):
-        images.write_whole(tmp_path / "a.png", b"data", overwrite=False)
+    with pytest.raises(png.UserError, match="No space left"):
+        atomic.write_whole(tmp_path / "a.png", b"data", overwrite=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -349,7 +352,7 @@ def test_killed_while_writing_leaves_no_picture(tmp_path, monkeypatch):
     ("text", "name"), [("A Red circle!", "a-red-circle"), ("../..", "picture"), ("é" * 99, "é" * 60), ("", "picture")]
 )
 def test_slug(text, name):
-    assert jobs.slug(text) == name
+    assert requests.slug(text) == name
 
 
 def test_help_version_and_list_need_no_model(run):
@@ -364,7 +367,7 @@ COUNTED = """
 import sys, collections, jax
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rsplit("/", 1)[-1]]))
-from flux_jax.generate import main
+from flux_jax.cli.generate import main
 status = main(sys.argv[1:])
 print("misses", events["cache_misses"], "hits", events["cache_hits"], file=sys.stderr)
 sys.exit(status)

@@ -15,10 +15,14 @@ import numpy as np
 import pytest
 import tiny_model
 
-from flux_jax import aot, checkpoint, inputs, jobs, placement, trees
+from flux_jax import validation
+from flux_jax.checkpoints import orbax_writer, writer
+from flux_jax.cli import requests
 from flux_jax.config import TransformerConfig
 from flux_jax.errors import UserError
-from flux_jax.quantize import quantize_transformer
+from flux_jax.models.quantize import quantize_transformer
+from flux_jax.runtime import aot
+from flux_jax.sampling import tensor_parallel
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a blue square", "two squares"]
@@ -40,7 +44,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     """Folder of a checkpoint with float32, with ternary, and with damaged ternary weights."""
     # Chunks as small beside these weights as real ones are beside FLUX's.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trees, "CHUNK_BYTES", 2**20)
+        patch.setattr(orbax_writer, "CHUNK_BYTES", 2**20)
         return save_models(tmp_path_factory.mktemp("models"))
 
 
@@ -48,14 +52,14 @@ def save_models(folder: Path) -> dict[str, Path]:
     made = {}
     modules = tiny_model.modules(config())
     words = tiny_model.tokenizers(folder / "words", config())
-    made["float"] = checkpoint.save(folder / "float", config(), modules, tokenizers=words)
+    made["float"] = writer.save(folder / "float", config(), modules, tokenizers=words)
     modules["transformer"] = quantize_transformer(modules["transformer"])
     about = {"layout": 1, "method": "least-squares", "distilled": True, "activations": "bf16"}
-    made["ternary"] = checkpoint.save(folder / "ternary", config(), modules, tokenizers=words, quantization=about)
+    made["ternary"] = writer.save(folder / "ternary", config(), modules, tokenizers=words, quantization=about)
     scale = modules["transformer"].single_blocks.linear2.scale
     scale[...] = scale[...].at[1, 7].set(np.nan)
     parts = {"transformer": modules["transformer"]}
-    made["damaged"] = checkpoint.save(folder / "damaged", config(), parts, quantization=about)
+    made["damaged"] = writer.save(folder / "damaged", config(), parts, quantization=about)
     return made
 
 
@@ -81,15 +85,15 @@ def finish(process: subprocess.Popen) -> str:
 ONE_PROCESS = """
 import json, sys
 import jax, numpy as np
-from flux_jax import placement
-from flux_jax.checkpoint import Checkpoint
+from flux_jax.sampling import tensor_parallel
+from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.errors import UserError
-from flux_jax.parts import dotted
-from flux_jax.pipeline import FluxPipeline
+from flux_jax.models.params import dotted
+from flux_jax.sampling.pipeline import FluxPipeline
 from flax import nnx
 
 def mesh(**shape):
-    return jax.make_mesh(tuple(shape.values()), placement.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return jax.make_mesh(tuple(shape.values()), tensor_parallel.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 def draw(folder, activations, mesh=None):
     pipe = FluxPipeline.from_pretrained(folder, mesh=mesh, activations=activations)
@@ -105,16 +109,16 @@ for kind, activations in (("float", None), ("ternary", "bf16"), ("ternary", "int
         drawn = draw(models[kind], activations, mesh(data=8, model=1))[1]
         found["data alone"] = float(np.abs(drawn - expected).max())
 try:
-    placement.load(Checkpoint.open(models["damaged"]), places)
+    tensor_parallel.load(Checkpoint.open(models["damaged"]), places)
 except UserError as error:
     found["damaged"] = str(error)
 
 Checkpoint.read = None  # that would bring whole weights to the host
 for kind in ("float", "ternary"):
-    transformer = placement.load(Checkpoint.open(models[kind]), places)
+    transformer = tensor_parallel.load(Checkpoint.open(models[kind]), places)
     for path, leaf in nnx.to_flat_state(nnx.state(transformer)):
         name = dotted(tuple(word for word in path if word != "linear"))  # of a layer inside a Summed or Gathered
-        wanted = jax.sharding.NamedSharding(places, placement.spec(name))
+        wanted = jax.sharding.NamedSharding(places, tensor_parallel.spec(name))
         assert leaf.sharding == wanted, (name, leaf.sharding)
         assert leaf.addressable_shards[0].data.shape == wanted.shard_shape(leaf.shape)
         matrix = "blocks" in name and leaf.ndim == 3
@@ -137,7 +141,7 @@ ROWS = """
 import jax, numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 from flux_jax.models.ternary import TernaryLinear
-from flux_jax.placement import Summed
+from flux_jax.sampling.tensor_parallel import Summed
 
 rng = np.random.default_rng(0)
 codes, scale, bias = rng.integers(-1, 2, (24, 1024)).astype(np.int8), *rng.normal(size=(2, 24)).astype(np.float32)
@@ -163,27 +167,28 @@ def test_rows_of_int8_have_one_scale_over_all_devices():
 TWO_PROCESSES = """
 import json, sys
 import jax, numpy as np
-from flux_jax import lifeline, placement
-from flux_jax.pipeline import FluxPipeline
+from flux_jax.runtime import watchdog
+from flux_jax.sampling import tensor_parallel
+from flux_jax.sampling.pipeline import FluxPipeline
 
 address, process, folder, prompts, out = sys.argv[1:]
 process, prompts = int(process), json.loads(prompts)
-placement.join(address, 2, process)
+watchdog.join(address, 2, process)
 assert (jax.device_count(), jax.local_device_count()) == (4, 2)
-from flux_jax.checkpoint import Checkpoint
+from flux_jax.checkpoints.checkpoint import Checkpoint
 stored = Checkpoint.open(folder)
-mesh = placement.make_mesh({"data": 2, "model": 2}, stored.config.transformer)
+mesh = tensor_parallel.make_mesh({"data": 2, "model": 2}, stored.config.transformer)
 drawn = FluxPipeline.from_pretrained(folder, mesh=mesh)(prompts, seed=[5, 9, 2], output_type="latent").images
 np.save(f"{out}-{process}.npy", drawn)
 
 def read():
     return int(open("/proc/self/io").readline().split()[1])
 
-quarters, before = placement.make_mesh({"data": 1, "model": 4}, stored.config.transformer), read()
-placement.load(stored, quarters)
+quarters, before = tensor_parallel.make_mesh({"data": 1, "model": 4}, stored.config.transformer), read()
+tensor_parallel.load(stored, quarters)
 size = sum(file.stat().st_size for file in (stored.directory / "transformer").rglob("*") if file.is_file())
 assert read() - before < 0.75 * size, (read() - before, size)  # its half, what all have, chunks at the edges
-lifeline.leave()
+watchdog.leave()
 """
 
 
@@ -194,7 +199,7 @@ def free_port() -> int:
 
 
 def test_two_processes_draw_what_one_device_draws(models, tmp_path):
-    from flux_jax.pipeline import FluxPipeline
+    from flux_jax.sampling.pipeline import FluxPipeline
 
     address, folder = f"127.0.0.1:{free_port()}", models["float"]
     arguments = folder, json.dumps(PROMPTS), tmp_path / "drawn"
@@ -210,19 +215,19 @@ def test_two_processes_draw_what_one_device_draws(models, tmp_path):
 @pytest.mark.parametrize("text", ["", "data", "data=0", "model=2,", "data=2,data=2", "rows=2", "data=2;model=2"])
 def test_bad_meshes_are_one_sentence(text):
     with pytest.raises(UserError, match="--mesh must read data=N,model=M"):
-        inputs.parse_mesh(text)
+        validation.parse_mesh(text)
 
 
 def test_meshes():
-    assert inputs.parse_mesh("data=2,model=4") == {"data": 2, "model": 4}
-    assert inputs.parse_mesh("model=4") == {"data": 1, "model": 4}
+    assert validation.parse_mesh("data=2,model=4") == {"data": 2, "model": 4}
+    assert validation.parse_mesh("model=4") == {"data": 1, "model": 4}
     with pytest.raises(UserError, match="has 1000 places and JAX finds"):
-        placement.make_mesh({"data": 1, "model": 1000}, TransformerConfig())
+        tensor_parallel.make_mesh({"data": 1, "model": 1000}, TransformerConfig())
     with pytest.raises(UserError, match="does not divide the transformer's 24 heads"):
-        placement.check_heads(TransformerConfig(), 5)
+        tensor_parallel.check_heads(TransformerConfig(), 5)
     narrow = TransformerConfig(hidden_size=128, num_heads=2, axes_dim=(16, 24, 24))
     with pytest.raises(UserError, match="tiles of 128"):
-        placement.joined(narrow, 2, "single_blocks.linear2.packed")
+        tensor_parallel.joined(narrow, 2, "single_blocks.linear2.packed")
 
 
 def test_jobs_of_one_call():
@@ -236,14 +241,14 @@ def test_jobs_of_one_call():
         "true_cfg": 1.0,
     }
     base |= {"max_sequence_length": 12, "output": Path("a.png")}
-    made = [jobs.Job(i, prompt=str(i), seed=i, **base) for i in range(5)]
+    made = [requests.Job(i, prompt=str(i), seed=i, **base) for i in range(5)]
     made[3] = dataclasses.replace(made[3], steps=9)
-    assert [[job.index for job in group] for group in jobs.alike(made, 2)] == [[0, 1], [2], [3], [4]]
-    assert all(len(group) == 1 for group in jobs.alike(made, 1))
+    assert [[job.index for job in group] for group in requests.alike(made, 2)] == [[0, 1], [2], [3], [4]]
+    assert all(len(group) == 1 for group in requests.alike(made, 1))
 
 
 def command(*argv: object) -> str:
-    return f"import sys; from flux_jax.generate import main; sys.exit(main({[str(a) for a in argv]!r}))"
+    return f"import sys; from flux_jax.cli.generate import main; sys.exit(main({[str(a) for a in argv]!r}))"
 
 
 def test_a_killed_process_ends_the_others_with_one_message(models, tmp_path):
@@ -298,11 +303,11 @@ def test_no_weight_is_gathered_on_four_h100():
     from jax.sharding import PartitionSpec as P
 
     from flux_jax.config import dev
-    from flux_jax.denoise import Conditions
-    from flux_jax.quantize import abstract_ternary
+    from flux_jax.models.quantize import abstract_ternary
+    from flux_jax.sampling.programs import Conditions
 
-    mesh = aot.mesh("h100", (1, 4), placement.AXES)
-    spread = placement.Spread(placement.abstract(abstract_ternary(dev(), jnp.bfloat16), mesh), mesh)
+    mesh = aot.mesh("h100", (1, 4), tensor_parallel.AXES)
+    spread = tensor_parallel.Spread(tensor_parallel.abstract(abstract_ternary(dev(), jnp.bfloat16), mesh), mesh)
 
     def array(*shape, dtype=jnp.float32, axes=("data",)):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))

@@ -11,13 +11,14 @@ import pytest
 import tiny_model
 from flax import nnx
 
-from flux_jax import memory, stages
+from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import T5Config
 from flux_jax.errors import UserError
 from flux_jax.models.t5 import T5Encoder
-from flux_jax.offload import encode_by_layers, host
-from flux_jax.pipeline import FluxPipeline
-from flux_jax.tokenizers import Tokenizers
+from flux_jax.runtime import memory
+from flux_jax.sampling import executor
+from flux_jax.sampling.offload import encode_by_layers, host
+from flux_jax.sampling.pipeline import FluxPipeline
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,18 +52,18 @@ def test_offloaded_pipelines_draw_the_same(arguments):
 
 def test_auto_tiling_follows_the_free_memory(arguments, monkeypatch):
     seen = []
-    compiled = stages.denoise.decode.lower(arguments["vae"], jnp.zeros((8, 64)), 2, 4, None).compile()
+    compiled = executor.denoise.decode.lower(arguments["vae"], jnp.zeros((8, 64)), 2, 4, None).compile()
 
     class Spy:
         def __call__(self, vae, x, rows, columns, strip_bytes):
             seen.append(strip_bytes)
             return x
 
-    monkeypatch.setattr(stages.denoise, "decode", Spy())
-    for free, strips in ((10**12, None), (1, stages.STRIP_BYTES), (None, None)):
-        monkeypatch.setattr(stages.Stages, "compile", lambda *_: compiled)
+    monkeypatch.setattr(executor.denoise, "decode", Spy())
+    for free, strips in ((10**12, None), (1, executor.STRIP_BYTES), (None, None)):
+        monkeypatch.setattr(executor.Stages, "compile", lambda *_: compiled)
         monkeypatch.setattr(memory, "free", lambda device, free=free: free)
-        stages.Stages().decode(arguments["vae"], [jnp.zeros((8, 64))], 2, 4)
+        executor.Stages().decode(arguments["vae"], [jnp.zeros((8, 64))], 2, 4)
         assert seen[-1] == strips
 
 
@@ -74,7 +75,7 @@ def test_out_of_memory_names_the_stage_and_the_flag(arguments, monkeypatch, stag
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
-    monkeypatch.setattr(stages.denoise, stage, exhausted)
+    monkeypatch.setattr(executor.denoise, stage, exhausted)
     with pytest.raises(UserError, match=f"Out of memory while {stage[:-1]}.*{flag}") as error:
         draw(arguments, vae_tiling="off")
     assert error.value.exit_code == 4
@@ -86,8 +87,8 @@ import gc, jax, numpy as np, sys
 sys.path[:0] = [{tests!r}]
 import tiny_model
 from pathlib import Path
-from flux_jax import offload, stages
-from flux_jax.pipeline import FluxPipeline
+from flux_jax.sampling import executor, offload
+from flux_jax.sampling.pipeline import FluxPipeline
 
 host, device = jax.devices()
 jax.config.update("jax_default_device", device)
@@ -97,7 +98,7 @@ size = {{k: sum(x.nbytes for x in jax.tree.leaves(m)) for k, m in modules.items(
 size["layer"] = max(x.nbytes for x in jax.tree.leaves(modules["t5"].layers))
 layer_bytes = sum(x.nbytes for x in jax.tree.leaves(modules["t5"].layers)) // config.t5.num_layers
 words = tiny_model.tokenizers(Path({folder!r}), config)
-from flux_jax.tokenizers import Tokenizers
+from flux_jax.checkpoints.tokenizers import Tokenizers
 peaks = {{}}
 
 def held():
@@ -111,7 +112,7 @@ def watch(name, function):
     return watched
 
 for name in ("denoise", "decode", "pool"):
-    setattr(stages.denoise, name, watch(name, getattr(stages.denoise, name)))
+    setattr(executor.programs, name, watch(name, getattr(executor.programs, name)))
 offload.layer = watch("layer", offload.layer)
 gc.collect()  # what making the modules left on the device would be missed from the peaks
 before = held()

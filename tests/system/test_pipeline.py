@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tiny_model
 
-from flux_jax import sampling
+from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.errors import UserError
-from flux_jax.pipeline import FluxPipeline
-from flux_jax.tokenizers import Tokenizers
+from flux_jax.sampling import schedule
+from flux_jax.sampling.pipeline import FluxPipeline
 
 COMPILATIONS: list[str] = []
 
@@ -119,7 +119,7 @@ def test_embeddings_and_noise_as_input(pipe, alone):
     fresh = FluxPipeline(pipe.config, transformer=pipe.transformer, vae=pipe.vae)
     embeds = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
     np.testing.assert_array_equal(fresh(**embeds, seed=7, output_type="np").images[0], alone)
-    noise = np.asarray(sampling.pack_latents(sampling.initial_noise(7, 4, 8, 16)[None]))
+    noise = np.asarray(schedule.pack_latents(schedule.initial_noise(7, 4, 8, 16)[None]))
     kept = noise.copy()
     np.testing.assert_array_equal(fresh(**embeds, latents=noise, output_type="np").images[0], alone)
     np.testing.assert_array_equal(noise, kept)  # the program takes over the memory of a copy

@@ -8,7 +8,7 @@ import pytest
 import torch_reference as reference
 
 from convert.__main__ import main
-from flux_jax.pipeline import FluxPipeline
+from flux_jax.sampling.pipeline import FluxPipeline
 
 STEPS = 4
 SIZE = {"height": 48, "width": 80}  # not square: rows and columns must not be confused

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flux_jax import denoise
-from flux_jax.checkpoint import Checkpoint
+from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.config import VAEConfig
 from flux_jax.models.vae import VAE
-from flux_jax.sampling import pack_latents
-from flux_jax.tiling import by_strips, rows_within
+from flux_jax.models.vae_tiling import by_strips, rows_within
+from flux_jax.sampling import programs
+from flux_jax.sampling.schedule import pack_latents
 
 SEAMLESS = 45.0  # dB of PSNR between two decodings: differences that no screen shows
 
@@ -35,8 +35,8 @@ def test_no_seams_in_a_picture_of_nano(nano):
     z = jax.jit(VAE.encode)(vae, jnp.asarray(picture)).astype(jnp.float32)
     tokens = pack_latents(z)[0]
     rows = side // factor // 2
-    whole = denoise.decode(vae, tokens, rows, rows)
-    strips = denoise.decode(vae, tokens, rows, rows, 2**18)
+    whole = programs.decode(vae, tokens, rows, rows)
+    strips = programs.decode(vae, tokens, rows, rows, 2**18)
     assert psnr(whole, strips) > SEAMLESS + 50
     assert np.asarray(whole).std() > 0.1
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flux_jax.checkpoints.tokenizers import Tokenizers, ensure_tokenizer_json
 from flux_jax.config import nano
 from flux_jax.errors import UserError
 from flux_jax.nano import vocabulary
 from flux_jax.nano.captions import VOCABULARY
-from flux_jax.tokenizers import Tokenizers, ensure_tokenizer_json
 
 with warnings.catch_warnings():  # warnings are errors in our tests; those of other people's imports are not ours
     warnings.simplefilter("ignore")
@@ -251,7 +251,7 @@ def test_broken_source_folders_are_one_clear_error(tmp_path, files, message):
 def test_the_tokenizers_need_no_transformers(folder):
     """Start-up stays fast: transformers takes seconds to import."""
     script = (
-        "import sys; from flux_jax.config import nano; from flux_jax.tokenizers import Tokenizers; "
+        "import sys; from flux_jax.config import nano; from flux_jax.checkpoints.tokenizers import Tokenizers; "
         f"print(Tokenizers.load({str(folder)!r}, nano()).t5(['a red circle']).shape, 'transformers' in sys.modules)"
     )
     root = Path(__file__).parents[2]

@@ -1,0 +1,60 @@
+"""What is wrong with the weights of a checkpoint: their names, shapes and dtypes before they are read, then contents.
+
+In: tables of what a manifest says, of what a module needs and of what lies in the files; weights, or shards of them.
+Out: a line for each fault; ValueError for codes and scales that no ternary layer can have.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from flux_jax.checkpoints.manifest import MANIFEST
+from flux_jax.models.params import FIXED
+from pallas_kernels import packed_width, validate
+
+CODES = 4  # in a byte
+Table = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # outside name -> dtype and shape, as stored
+
+
+def stored_bytes(table: Table, name: str) -> int:
+    dtype, shape = table[name]
+    return math.prod(shape) * dtype.itemsize
+
+
+def faults_of_table(table: Table, needed: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The manifest's table against the shapes that a module needs."""
+    faults = [f"missing: {name} {list(shape)}" for name, shape in needed.items() if name not in table]
+    faults += [f"unknown: {name}" for name in table if name not in needed]
+    for name, (dtype, shape) in table.items():
+        if name in needed and shape != needed[name]:
+            faults.append(f"wrong shape: {name} is {list(shape)}, must be {list(needed[name])}")
+        fixed = FIXED.get(name.rpartition(".")[2])
+        if dtype != fixed if fixed is not None else not jnp.issubdtype(dtype, jnp.floating):
+            faults.append(f"wrong dtype: {name} is {dtype}, must be {fixed or 'floating'}")
+    return faults
+
+
+def faults_of_files(table: Table, stored: Mapping[str, Any]) -> list[str]:
+    """The manifest's table against Orbax's own metadata, which has `shape` and `dtype`."""
+    faults = [f"missing in the files: {name}" for name in table if name not in stored]
+    faults += [f"in the files, but not in {MANIFEST}: {name}" for name in stored if name not in table]
+    for name, (dtype, shape) in table.items():
+        found = stored.get(name)
+        if found is not None and (jnp.dtype(found.dtype), tuple(found.shape)) != (dtype, shape):
+            files = f"{found.dtype} {list(found.shape)} in the files"
+            faults.append(f"wrong dtype or shape: {name} is {files}, {dtype} {list(shape)} in {MANIFEST}")
+    return faults
+
+
+def check_ternary(kind: str, value: np.ndarray, columns: int) -> None:
+    """ValueError for codes (kind "packed") that are none, and for scales and biases that are not finite.
+
+    value: all of it, or a shard; one that is cut across its rows must hold whole tiles of codes, and is not looked at
+    for what lies behind the last of the `columns`."""
+    if kind == "packed":
+        validate(value, columns if value.shape[-1] == packed_width(columns) else CODES * value.shape[-1])
+    elif not np.isfinite(value).all():
+        raise ValueError(f"{kind} {list(value.shape)} holds NaN or infinity")

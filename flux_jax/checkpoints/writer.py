@@ -1,0 +1,134 @@
+"""Writes a checkpoint, weight by weight; it appears under its name when it is complete, hashed and on the disk.
+
+In: a config, weights by outside name, tokenizers, further files. Out: the directory that
+`flux_jax.checkpoints.checkpoint` describes, or nothing.
+"""
+
+import importlib.metadata
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from flux_jax.checkpoints import checksums
+from flux_jax.checkpoints.manifest import MANIFEST, TOKENIZERS, VERSION, lined_json
+from flux_jax.checkpoints.orbax_writer import Tree
+from flux_jax.config import FluxConfig
+from flux_jax.errors import UserError
+from flux_jax.io.atomic import begin, disk_is_full, publish, working_name
+from flux_jax.models.params import leaves
+
+PACKAGES = ("flux-jax-ternary", "jax", "flax", "orbax-checkpoint", "numpy")
+
+
+def save(
+    directory: str | Path,
+    config: FluxConfig,
+    parts: Mapping[str, nnx.Module],
+    *,
+    tokenizers: Path | None = None,
+    overwrite: bool = False,
+    **about: Any,
+) -> Path:
+    """Writes modules as a checkpoint, in their own dtypes; it appears under its name only when complete.
+
+    tokenizers: a folder with t5/ and clip/ to copy. about: `quantization`, `source`, `licence`, as in `Writer.finish`.
+    """
+    with Writer(directory, overwrite=overwrite) as writer:
+        for part, module in parts.items():
+            for name, value in leaves(module):
+                writer.add(part, name, value)
+        writer.finish(config, tokenizers=tokenizers, **about)
+    return Path(directory)
+
+
+class Writer:
+    """A checkpoint written weight by weight; what that takes of memory: `flux_jax.checkpoints.orbax_writer`.
+
+    A context manager: leaving it without `finish`, by an error or an interruption, leaves nothing behind. The work is
+    done in `NAME.partial`; after a crash the next writer of the same name deletes that and starts clean.
+    """
+
+    def __init__(self, directory: str | Path, *, overwrite: bool = False):
+        self.directory, self.overwrite = Path(directory), overwrite
+        self.working = working_name(self.directory)
+        self._tables: dict[str, dict[str, tuple[str, list[int]]]] = {}
+        self._tree: Tree | None = None  # of the part that is being written
+
+    def __enter__(self) -> "Writer":
+        if self.directory.exists() and not self.overwrite:
+            raise UserError(f"{self.directory} exists already: choose another name, or give --overwrite to replace it")
+        if self.overwrite and self.directory.exists() and not (self.directory / MANIFEST).is_file():
+            raise UserError(f"{self.directory} is not a checkpoint, so it is not overwritten: choose another name")
+        begin(self.working)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self._tree is not None:
+            self._tree.abandon()
+        shutil.rmtree(self.working, ignore_errors=True)
+        if error is not None and disk_is_full(error):
+            raise UserError(
+                f"the disk of {self.directory} is full: free some space; nothing was left behind"
+            ) from error
+
+    def add(self, part: str, name: str, value: np.ndarray) -> None:
+        """The next weight (outside name, one layer). The weights of a part come one after the other."""
+        if self._tree is None or part not in self._tables:
+            self._end_part()
+            self._tables[part], self._tree = {}, Tree(self.working / part)
+        self._tables[part][name] = (value.dtype.name, list(value.shape))
+        self._tree.add(name, value)
+
+    def _end_part(self) -> None:
+        if self._tree is not None:
+            self._tree.close()
+
+    def finish(
+        self,
+        config: FluxConfig,
+        *,
+        tokenizers: Path | None = None,
+        quantization: dict[str, Any] | None = None,
+        source: dict[str, Any] | None = None,
+        licence: str | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Writes the manifest, brings everything to the disk and gives the directory its name.
+
+        tokenizers: a folder with t5/ and clip/ (copied, unless it is `working`/tokenizers already); source: where it
+        came from ({"from": ..., "sha256": {file: hash}}); licence: its SPDX name; files: further files by name, such as
+        a licence text.
+        """
+        self._end_part()
+        if tokenizers is not None and tokenizers != self.working / TOKENIZERS:
+            shutil.copytree(tokenizers, self.working / TOKENIZERS)
+        for name, content in (files or {}).items():
+            (self.working / name).write_bytes(content)
+        manifest = {
+            "format": "flux_jax checkpoint",
+            "version": VERSION,
+            "name": config.name,
+            "licence": licence,
+            "configs": config.to_json(),
+            "quantization": quantization,
+            "source": source,
+            "versions": {package: _version(package) for package in PACKAGES},
+            "tokenizers": None if tokenizers is None else TOKENIZERS,
+            "parts": {part: {"path": part, "weights": table} for part, table in self._tables.items()},
+        }
+        (self.working / MANIFEST).write_text(lined_json(manifest) + "\n")
+        for note in self.working.glob("*/commit_success.txt"):  # Orbax names a folder of this machine in it
+            note.write_text("Checkpoint commit was successful\n")
+        checksums.write(self.working)
+        publish(self.working, self.directory)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

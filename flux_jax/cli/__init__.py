@@ -1,0 +1,1 @@
+"""The programs: all that speaks of arguments, standard streams and exit status."""

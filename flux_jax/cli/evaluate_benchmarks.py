@@ -1,0 +1,132 @@
+"""`python -m flux_jax.evaluate geneval | t2i-compbench | parti`: pictures for the official evaluators.
+
+In: a benchmark's prompt file, a model (see `flux_jax.evaluate.models`), how to sample. Out: the folder that the
+benchmark's evaluator reads (`flux_jax.evaluate.benchmarks` has the layouts); progress and the time left on stderr.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flux_jax import validation
+from flux_jax.cli.main import check_device
+from flux_jax.cli.sampling_arguments import add_sampling, sampling_of
+from flux_jax.errors import UserError
+from flux_jax.evaluate import benchmarks, image_folders
+from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, Picture, Prompt
+from flux_jax.evaluate.models import Variant
+from flux_jax.evaluate.render_prompts import once_for_each, painter, recorder
+
+Plan = list[tuple[Path, dict[str, Any], list[Picture], list[Picture]]]  # folder, its run.json, all, this shard's
+
+
+def add_commands(commands) -> None:
+    """The three subcommands, on argparse's list of them."""
+    geneval = commands.add_parser("geneval", help="GenEval's folder: 553 prompts, 4 pictures each")
+    geneval.add_argument("--metadata", type=Path, required=True, help="GenEval's evaluation_metadata.jsonl")
+    t2i = commands.add_parser("t2i-compbench", help="T2I-CompBench's folders: 300 prompts a category, 10 pictures each")
+    t2i.add_argument("--category", required=True, help=f"all, or one of {', '.join(CATEGORIES)}")
+    t2i.add_argument("--prompts", type=Path, required=True, help="its CATEGORY_val.txt; for all: the folder of these")
+    parti = commands.add_parser("parti", help="PartiPrompts, in GenEval's layout: 1632 prompts, a picture each")
+    parti.add_argument("--prompts", type=Path, required=True, help="PartiPrompts.tsv")
+    for name, parser, plan in (
+        ("geneval", geneval, _plan_geneval),
+        ("t2i-compbench", t2i, _plan_t2i),
+        ("parti", parti, _plan_parti),
+    ):
+        add = parser.add_argument
+        add("--out", type=Path, required=True, help="the folder; the same command again goes on where it stopped")
+        add_sampling(parser, steps=None)
+        add("--seed", type=int, default=benchmarks.SEED, help="picture k of every prompt has SEED + k (%(default)s)")
+        add("--images", type=int, default=IMAGES[name], help="pictures of a prompt (%(default)s)")
+        add("--subset", type=int, metavar="N", help="N prompts only, always the same, tags in proportion")
+        add("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of the prompts, one for each machine")
+        add("--devices", type=int, metavar="N", help="devices of this machine to use (default: all)")
+        add("--dry-run", action="store_true", help="say what would be made, and make nothing")
+        parser.set_defaults(run=run, plan=plan)
+
+
+def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """Makes the pictures that the arguments ask for; returns the report that --json prints."""
+    if args.images < 1 or (args.subset is not None and args.subset < 1) or (args.devices or 1) < 1:
+        raise UserError("--images, --subset and --devices must be at least 1.")
+    part, parts = read_shard(args.shard)
+    variant = Variant.parse(args.model)
+    sampling = sampling_of(args, variant)
+    validation.check_seeds([args.seed, args.seed + args.images - 1])
+    plan = args.plan(args, lambda prompts: (prompts, benchmarks.shard(prompts, part, parts)))
+    settings = {"benchmark": args.what, "model": variant.identity(), "sampling": sampling, "seed": args.seed}
+    report = {"model": str(variant), "folders": [], "planned": 0, "there": 0, "made": 0}
+    for out, own, _, mine in plan:
+        left = len(image_folders.missing(mine, out))
+        report["folders"].append(str(out))
+        report["planned"] += len(mine)
+        report["there"] += len(mine) - left
+        if not args.dry_run:
+            image_folders.stamp(out, settings | own)
+    say(f"{report['planned']} pictures, {report['there']} of them there already.")
+    if args.dry_run or report["planned"] == report["there"]:
+        for out, _, everything, _ in plan if not args.dry_run else ():
+            image_folders.sweep(everything, out)
+        return report
+
+    import jax
+
+    from flux_jax.runtime import compilation_cache
+
+    check_device(args.device)
+    compilation_cache.enable()
+    devices = jax.local_devices()[: args.devices]
+    say(f"{variant} on {len(devices)} x {devices[0].device_kind} ({devices[0].platform}).")
+    draw = once_for_each(painter(variant, sampling))
+    for out, _, everything, mine in plan:
+        report["made"] += image_folders.make(mine, out, draw, recorder(variant, sampling, devices[0]), devices)
+        image_folders.sweep(everything, out)
+    return report
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """`2/8` as (2, 8)."""
+    words = text.split("/")
+    if len(words) != 2 or not all(word.isdigit() for word in words) or not 1 <= int(words[0]) <= int(words[1]):
+        raise UserError(f"--shard must read I/N with I from 1 to N, such as 1/4, not {text!r}.")
+    return int(words[0]), int(words[1])
+
+
+Split = Callable[[list[Prompt]], tuple[list[Prompt], list[Prompt]]]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _planned(out: Path, source: Path, prompts: Sequence[Prompt], args, split: Split, layout, **own: Any):
+    parts = split(benchmarks.subset(list(prompts), args.subset))
+    everything, mine = (layout(part, args.images, args.seed) for part in parts)
+    return out, {"prompts": _digest(source), "images": args.images, **own}, everything, mine
+
+
+def _plan_geneval(args: argparse.Namespace, split: Split) -> Plan:
+    prompts = benchmarks.read_geneval(args.metadata)
+    return [_planned(args.out, args.metadata, prompts, args, split, benchmarks.folder_pictures)]
+
+
+def _plan_parti(args: argparse.Namespace, split: Split) -> Plan:
+    prompts = benchmarks.read_parti(args.prompts)
+    return [_planned(args.out, args.prompts, prompts, args, split, benchmarks.folder_pictures)]
+
+
+def _plan_t2i(args: argparse.Namespace, split: Split) -> Plan:
+    if args.category != "all" and args.category not in CATEGORIES:
+        raise UserError(f"Unknown category {args.category!r}; T2I-CompBench has {', '.join(CATEGORIES)} (or: all).")
+    if args.category != "all":
+        sources = {args.category: (args.prompts, args.out)}
+    else:
+        sources = {name: (args.prompts / f"{name}_val.txt", args.out / name) for name in CATEGORIES}
+    plan = []
+    for category, (source, out) in sources.items():
+        prompts = benchmarks.read_t2i_compbench(source, args.images)
+        plan.append(_planned(out, source, prompts, args, split, benchmarks.t2i_pictures, category=category))
+    return plan

@@ -1,0 +1,30 @@
+"""`python -m flux_jax.nano.oracle_error [--count N] [--seed S]`: the oracle's own error, to be read beside every score.
+
+In: how many pictures of each kind, a seed. Out: the shares of `flux_jax.nano.oracle_calibration`, one JSON object on
+stdout.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from flux_jax.cli.main import Parser, guarded, program
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> None:
+    parser = Parser(
+        prog=program("nano.oracle_error"), description="Measure the oracle's own error on held-out renders."
+    )
+    add = parser.add_argument
+    add("--count", type=int, default=1000, help="pictures of each kind (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--size", type=int, default=128, help="side of the pictures in pixels (default: %(default)s)")
+    options = parser.parse_args(argv)
+    from flux_jax.nano.oracle_calibration import measure
+
+    print(json.dumps(measure(options.count, options.seed, options.size)))

@@ -1,0 +1,87 @@
+"""`python -m flux_jax.plan --gpu l20 --size 1024x1024`: what each stage takes on a device, before anything is loaded.
+
+In: a model (a checkpoint, or a preset with synthetic weights), a size, and a device: the one that is present, or a name
+of `flux_jax.runtime.aot`. Out: the table of `flux_jax.sampling.planner` on stdout; whether it fits, and if not, the
+flags that make it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax.numpy as jnp
+
+from flux_jax import validation
+from flux_jax.checkpoints.checkpoint import Checkpoint
+from flux_jax.cli.arguments import OFFLOAD, OFFLOADING, TILING
+from flux_jax.cli.main import Parser, guarded, in_flags, program, say
+from flux_jax.config import dev, schnell
+from flux_jax.errors import UserError
+from flux_jax.runtime import aot
+from flux_jax.sampling.planner import Model, Planner, describe, model_of
+
+PRESETS = {"dev": dev, "schnell": schnell}
+
+
+@contextlib.contextmanager
+def compiler_silenced() -> Iterator[None]:
+    """Keeps off stderr what XLA itself writes there: of a program that does not fit, which is an answer here, it speaks
+    as of an error. What fails is raised all the same."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog=program("plan"), description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    model = "a checkpoint's folder, or dev or schnell: FLUX.1 with synthetic weights (default: dev)"
+    add("-m", "--model", default="dev", help=model)
+    add("--weights", choices=("ternary", "bf16"), default="ternary", help="of dev and schnell (default: ternary)")
+    add("--activations", choices=("bf16", "int8"), help="of ternary layers (default: the checkpoint's; bf16)")
+    add("--gpu", choices=sorted(aot.GPUS), help="a GPU that need not be here (default: JAX's device)")
+    add("--size", type=validation.parse_size, metavar="WxH", help="of the picture (default: the model's own)")
+    add("--batch", type=int, default=1, help="pictures; they are drawn one at a time and take no more than one")
+    add("--steps", type=int, help="denoising steps (default: the model's own)")
+    add("--offload", choices=OFFLOAD, default="none", help=OFFLOADING)
+    add("--vae-tiling", choices=("auto", "on", "off"), default="auto", help=TILING)
+    add("--json", action="store_true", help="print one JSON object on stdout")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a plan; exit status 0 if it fits, 4 if not, 2 and 3 as for `flux_jax.generate`."""
+    words = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: run(options(words)))
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.batch < 1:
+        raise UserError(f"--batch must be at least 1, not {args.batch}.")
+    os.environ.setdefault(aot.SKIP_CHECK, "1")
+    if args.model in PRESETS:
+        ternary = (args.activations or "bf16") if args.weights == "ternary" else None
+        model = Model(PRESETS[args.model](), ternary, jnp.dtype(jnp.bfloat16))
+    else:
+        model = model_of(Checkpoint.open(args.model).using(args.activations), jnp.bfloat16)
+    defaults = model.config.sampling
+    width, height = args.size or (defaults.width, defaults.height)
+    height, width, _ = validation.fit_size(model.config, height, width, strict=True)
+    steps, length = args.steps or defaults.num_inference_steps, defaults.max_sequence_length
+    planner = Planner(model, args.gpu, height=height, width=width, steps=steps, length=length)
+    say(f"Compiling for {planner.device} ...")
+    with compiler_silenced():
+        words, figures = describe(planner, args.offload, args.vae_tiling)
+    form = "bf16" if model.activations is None else f"ternary, {model.activations} activations"
+    head = f"{model.config.name} ({form}), {width}x{height}, {steps} steps"
+    words = in_flags(words)
+    print(json.dumps({"model": model.config.name, "weights": form, **figures}) if args.json else f"{head}\n{words}")
+    return 0 if figures["fits"] else 4

@@ -1,0 +1,97 @@
+"""How near a student's velocities and latents are to its teacher's, on prompts that no training used.
+
+    python -m flux_jax.distill.compare TEACHER STUDENT... --prompts FILE... [--rounded] [--count N]
+
+In: checkpoints with the same config. Out: for each student the relative squared error of the velocity at each noise
+level of the teacher's own trajectories, and the peak signal-to-noise ratio of the latents that it samples itself, from
+the same noise, against the teacher's: 10 log10(p^2 / mean squared difference), p the range of the teacher's latents.
+Lines for people on stderr, one JSON object on stdout.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flux_jax.cli.main import Parser, guarded, program, say
+from flux_jax.errors import UserError
+from flux_jax.io import prompts
+
+BATCH = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the comparison and returns the exit status; a user's mistake is one sentence on stderr and status 2."""
+    words = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: print(json.dumps(run(build_parser().parse_args(words)))))
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog=program("distill.compare"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("teacher", metavar="TEACHER")
+    add("students", nargs="*", metavar="STUDENT")
+    add("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="only the held-out ones are used")
+    add("--count", type=int, default=32, help="pictures (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--rounded", action="store_true", help="compare also the teacher rounded without training")
+    add("--activations", choices=("bf16", "int8"), help="of the students (default: as their manifests say)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The comparison of checkpoints that the command line asks for."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from flux_jax.checkpoints.checkpoint import Checkpoint
+    from flux_jax.checkpoints.tokenizers import Tokenizers
+    from flux_jax.distill.trajectories import noises
+    from flux_jax.distill.velocity_error import compare
+    from flux_jax.models import quantize
+    from flux_jax.models.attention import rotary
+    from flux_jax.runtime import compilation_cache
+    from flux_jax.runtime.environment import resolve_dtype
+    from flux_jax.sampling import programs, schedule
+
+    texts = prompts.split(prompts.read_all(args.prompts))[1]
+    if not texts or args.count < 1:
+        raise UserError(
+            "None of these prompts is held out (one in 16 is, by its hash): give more, and --count above 0."
+        )
+    if not args.students and not args.rounded:
+        raise UserError("Nothing to compare: name a student, or give --rounded.")
+    stored, dtype = Checkpoint.open(args.teacher), resolve_dtype("auto")
+    compilation_cache.enable()
+    config, defaults = stored.config, stored.config.sampling
+    students = {}
+    for name in args.students:
+        one = Checkpoint.open(name).using(args.activations)
+        if one.config != config:
+            raise UserError(f"{name} is no student of {args.teacher}: their configs differ.")
+        students[str(name)] = one.load("transformer", dtype)
+    teacher = stored.load("transformer", dtype)
+    if args.rounded:
+        students["rounded"] = quantize.quantize_transformer(teacher, activations=args.activations or "bf16")
+    t5, clip = (stored.load(part, dtype) for part in ("t5", "clip"))
+    tokenizers = Tokenizers.load(stored.tokenizers, config)
+    ids = schedule.position_ids(*config.default_grid, defaults.max_sequence_length)
+    rope = jnp.asarray(rotary(ids, config.transformer.axes_dim, float(config.transformer.theta)))
+    sigmas = schedule.sigmas(defaults, defaults.num_inference_steps, math.prod(config.default_grid))
+    chunks = []
+    for start in range(0, args.count, BATCH):
+        some = [texts[i % len(texts)] for i in range(start, min(start + BATCH, args.count))]
+        pairs = [programs.encode(t5, clip, tokenizers.t5([text]), tokenizers.clip([text])) for text in some]
+        indices = np.arange(start, start + len(some), dtype=np.int32)
+        noise = noises(np.uint32(args.seed), indices, *config.default_grid, config.vae.latent_channels)
+        chunks.append((noise, *(jnp.concatenate(each) for each in zip(*pairs, strict=True))))
+    found = compare(teacher, students, chunks, sigmas, rope, defaults.guidance_scale)
+    for name, result in found.items():
+        line = f"velocity error {result['velocity_mean']:.4f}, latent PSNR {result['psnr']:.2f} dB"
+        say(f"{name}: {line}")
+    return {"teacher": str(args.teacher), "pictures": args.count, "sigmas": sigmas.tolist(), "students": found}

@@ -1,0 +1,206 @@
+"""What every phase of a distillation shares: teacher, options, devices, and the run's folder.
+
+In: a teacher's checkpoint, options, prompts, a mesh. Out: `Workspace`, whose `begin` refuses a folder of another run,
+one that cannot be written and a disk too small, before anything is computed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from flux_jax import validation
+from flux_jax.checkpoints.checkpoint import MANIFEST, Checkpoint
+from flux_jax.config import FluxConfig
+from flux_jax.distill.options import Options
+from flux_jax.errors import UserError
+from flux_jax.io import prompts
+from flux_jax.io.atomic import write_whole
+from flux_jax.models.attention import rotary
+from flux_jax.models.params import abstract_part, assemble
+from flux_jax.models.transformer import Transformer
+from flux_jax.sampling import schedule
+from flux_jax.training import mesh as meshes
+from flux_jax.training.metrics import Metrics
+
+RECORD = "run.json"
+SPEED_ONLY = ("save_every", "log_every", "max_skipped")  # options that may change when a run goes on
+
+
+@dataclasses.dataclass
+class Workspace:
+    """A run. `folder` holds all its files; training and held-out prompts are different ones, each once."""
+
+    folder: Path
+    teacher: Checkpoint
+    options: Options
+    mesh: Mesh
+    training: list[str]
+    held_out: list[str]
+
+    @property
+    def config(self) -> FluxConfig:
+        return self.teacher.config
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return Metrics(self.folder)
+
+    @cached_property
+    def dtype(self) -> Any:
+        """Of activations and of the teacher's weights."""
+        if self.options.dtype != "auto":
+            return jnp.dtype(self.options.dtype)
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+    @property
+    def steps(self) -> int:
+        return self.options.steps or self.config.sampling.num_inference_steps
+
+    @property
+    def guidance(self) -> float:
+        return self.config.sampling.guidance_scale if self.options.guidance < 0 else self.options.guidance
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        defaults, pixels = self.config.sampling, self.config.pixels_per_token
+        return (self.options.height or defaults.height) // pixels, (self.options.width or defaults.width) // pixels
+
+    @property
+    def text_tokens(self) -> int:
+        return self.config.sampling.max_sequence_length
+
+    @cached_property
+    def sigmas(self):
+        """float32 [steps + 1]"""
+        return schedule.sigmas(self.config.sampling, self.steps, self.grid[0] * self.grid[1])
+
+    @cached_property
+    def rope(self) -> jax.Array:
+        transformer = self.config.transformer
+        ids = schedule.position_ids(*self.grid, self.text_tokens)
+        table = rotary(ids, transformer.axes_dim, float(transformer.theta))
+        return meshes.put(table, meshes.whole(self.mesh))
+
+    @property
+    def blocks(self) -> list[str]:
+        """Every block's name outside, in order: double_blocks.0, ..., single_blocks.0, ..."""
+        shape = self.config.transformer
+        doubles = [f"double_blocks.{i}" for i in range(shape.num_double_blocks)]
+        return doubles + [f"single_blocks.{i}" for i in range(shape.num_single_blocks)]
+
+    def load_teacher(self) -> Transformer:
+        """The teacher's transformer, cut over the mesh."""
+        module = self.teacher.load("transformer", self.dtype, lambda path, shape: meshes.parameter(self.mesh, shape))
+        assert isinstance(module, Transformer)
+        return module
+
+    def block_names(self, block: str) -> dict[str, str]:
+        """Name within the block -> the teacher's name of each of its weights."""
+        return {
+            name.removeprefix(f"{block}."): name
+            for name in self.teacher.table("transformer")
+            if name.startswith(f"{block}.")
+        }
+
+    def load_block(self, block: str, dtype: Any) -> nnx.Module:
+        """One of the teacher's blocks; nothing else of it is read."""
+        kind = block.split(".")[0]
+        stacked = getattr(abstract_part("transformer", self.config), kind)
+        one = nnx.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), stacked))
+        names = self.block_names(block)
+
+        def read(wanted: list[str]) -> dict[str, Any]:
+            found = self.teacher.read("transformer", [names[name] for name in wanted])
+            return {name: found[names[name]] for name in wanted}
+
+        return assemble(one, read, dtype=dtype, sharding=lambda path, shape: meshes.parameter(self.mesh, shape))
+
+    def begin(self) -> None:
+        """Makes or takes up the folder. UserError where it cannot be used."""
+        self._check_size()
+        record = {
+            "teacher": teacher_digest(self.teacher),
+            "prompts": prompts.digest(self.training + self.held_out),
+            "options": {k: v for k, v in self.options.to_json().items() if k not in SPEED_ONLY},
+        }
+        path = self.folder / RECORD
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found != record:
+                which = [key for key in record if found.get(key) != record[key]]
+                changed = [k for k in record["options"] if found.get("options", {}).get(k) != record["options"][k]]
+                what = ", ".join(f"--{k.replace('_', '-')}" for k in changed) if changed else " and ".join(which)
+                raise UserError(
+                    f"{self.folder} holds a run that was begun with another {what}: give the same again, or delete it."
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} is no folder of a distillation, and not empty: choose another name.")
+        meshes.barrier("record read")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"Cannot write {self.folder}: {error.strerror or error}.") from error
+        if not os.access(self.folder, os.W_OK):
+            raise UserError(f"Cannot write {self.folder}: no permission.")
+        needed, free = self.bytes_needed(), shutil.disk_usage(self.folder).free
+        have = sum(file.stat().st_size for file in self.folder.rglob("*.bin"))
+        if needed - have > free:
+            raise UserError(
+                f"{self.folder} needs about {(needed - have) / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free: "
+                "free some, or lower --trajectories and --block-points."
+            )
+        if jax.process_index() == 0:
+            write_whole(path, (json.dumps(record, indent=1) + "\n").encode(), overwrite=True)
+        meshes.barrier("record written")
+
+    def _check_size(self) -> None:
+        defaults, options = self.config.sampling, self.options
+        height, width = options.height or defaults.height, options.width or defaults.width
+        validation.fit_size(self.config, height, width, strict=True)
+        validation.check_numbers(
+            self.config, steps=self.steps, guidance=self.guidance, true_cfg=1.0, max_sequence_length=self.text_tokens
+        )
+
+    def bytes_needed(self) -> int:
+        """Disk that the whole run takes: trajectories, hidden states of two blocks, checkpoints, results."""
+        shape, options = self.config.transformer, self.options
+        tokens = self.grid[0] * self.grid[1]
+        point = 4 * tokens * shape.in_channels
+        text = 2 * (self.text_tokens * shape.text_dim + shape.pooled_dim)
+        count = options.trajectories + options.held_out
+        if "end_to_end" in options.phase_list:
+            count += 2 * options.own_trajectories  # a round's go when the next round's are there
+        total = count * (self.steps * point + text)
+        weights = sum(_count(entry) for entry in self.teacher.table("transformer").values())
+        if "blockwise" in options.phase_list:
+            total += 4 * options.block_points * (tokens + self.text_tokens) * shape.hidden_size * self.dtype.itemsize
+            total += 4 * weights + 3 * 16 * weights // max(1, len(self.blocks))
+        if "end_to_end" in options.phase_list:
+            total += 3 * 16 * weights  # Orbax keeps two checkpoints, and writes the third
+        return total + weights
+
+
+def _count(entry: tuple[Any, tuple[int, ...]]) -> int:
+    count = 1
+    for size in entry[1]:
+        count *= size
+    return count
+
+
+def teacher_digest(teacher: Checkpoint) -> str:
+    """SHA-256 of what tells a teacher from others: the weights' hashes where the manifest has them, else all of it."""
+    source = teacher.manifest.get("source") or {}
+    if isinstance(source, dict) and source.get("sha256"):
+        return hashlib.sha256(json.dumps(source["sha256"], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256((teacher.directory / MANIFEST).read_bytes()).hexdigest()

@@ -1,0 +1,121 @@
+"""Folders of pictures for the official evaluators: made by any number of devices and machines, in any number of runs.
+
+In: `Picture`s and a way to load a pipeline. Out: PNG files that hold their own record, sidecars, and `run.json`, which
+says what all of them were made with; another run may only add to the same. A picture appears whole or not at all, and
+one that is there is not made again.
+"""
+
+import contextlib
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flux_jax.errors import UserError
+from flux_jax.evaluate.benchmarks import Picture
+from flux_jax.io import atomic, png
+
+RUN = "run.json"
+
+
+def stamp(out: Path, settings: dict[str, Any]) -> None:
+    """Writes `out`/run.json, or makes sure that what is there was made with the same settings: UserError if not, or if
+    there are other files and no run.json."""
+    path = out / RUN
+    if not path.exists():
+        if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
+            raise UserError(
+                f"{out} holds files but no {RUN}: it is not of this program's making; choose another --out."
+            )
+        with contextlib.suppress(UserError):  # another shard may have been quicker: what it wrote is compared below
+            atomic.write_whole(path, (json.dumps(settings, indent=2) + "\n").encode(), overwrite=False)
+            return
+        atomic.check_writable(path)
+    there = read_run(out)
+    differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
+    if differing:
+        raise UserError(f"{out} holds pictures made with another {' and '.join(differing)}; choose another --out.")
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """The settings in `out`/run.json; UserError where it cannot be read."""
+    try:
+        settings = json.loads((out / RUN).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read {out / RUN}: {error}.") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{out / RUN} does not hold a JSON object.")
+    return settings
+
+
+def missing(pictures: Iterable[Picture], out: Path) -> list[Picture]:
+    return [picture for picture in pictures if not (out / picture.path).exists()]
+
+
+def make(
+    pictures: Sequence[Picture],
+    out: Path,
+    draw: Callable[[Any], Callable[[Picture], Any]],
+    record: Callable[[Picture, Any], dict[str, Any]],
+    devices: Sequence[Any],
+) -> int:
+    """Makes what is missing of `pictures` under `out` and returns how many were made.
+
+    draw(device) is called once on each device, in a thread of its own, and returns what draws a picture there (PIL);
+    record(picture, image) is what the file says of itself. The first failure stops all devices and is raised; finished
+    pictures stay.
+    """
+    todo: queue.SimpleQueue[Picture] = queue.SimpleQueue()
+    wanted = missing(pictures, out)
+    for picture in wanted:
+        todo.put(picture)
+    failed, made = threading.Event(), []
+
+    def work(device: Any) -> None:
+        try:
+            drawn = draw(device)
+            while not failed.is_set():
+                picture = todo.get_nowait()
+                if not (out / picture.path).exists():  # another machine may have made it meanwhile
+                    image = drawn(picture)
+                    write(picture, image, out, record(picture, image))
+                    made.append(picture)
+                bar.update()
+        except queue.Empty:
+            pass
+        except BaseException:
+            failed.set()
+            raise
+
+    if wanted:
+        with tqdm(total=len(wanted), unit="picture", mininterval=2) as bar:
+            with ThreadPoolExecutor(min(len(devices), len(wanted))) as pool:
+                jobs = [pool.submit(work, device) for device in devices[: len(wanted)]]
+                try:
+                    for job in jobs:
+                        job.result()
+                except BaseException:  # also Ctrl-C, which arrives here: the threads finish their picture
+                    failed.set()
+                    raise
+    return len(made)
+
+
+def write(picture: Picture, image: Any, out: Path, record: dict[str, Any]) -> None:
+    """The sidecar first, then the picture: where a picture is, its metadata are."""
+    if picture.sidecar_path and not (out / picture.sidecar_path).exists():
+        atomic.write_whole(out / picture.sidecar_path, json.dumps(picture.sidecar).encode(), overwrite=True)
+    png.write_png(out / picture.path, image, record)
+
+
+def sweep(pictures: Iterable[Picture], out: Path) -> None:
+    """Removes what killed runs left of unfinished files beside the pictures, once none of them is missing."""
+    pictures = list(pictures)
+    if not missing(pictures, out):
+        for folder in {(out / picture.path).parent for picture in pictures} | {out}:
+            for leftover in folder.glob(".flux-*.part"):
+                leftover.unlink(missing_ok=True)

@@ -1,0 +1,65 @@
+"""Draws the prompts of a benchmark with a model, and says of each picture how it was made.
+
+In: a `Variant`, arguments of the pipeline, `Picture`s. Out: functions for `flux_jax.evaluate.image_folders.make`: one
+that draws on a device, and one that gives the record of a picture.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from flux_jax.evaluate.benchmarks import Picture
+from flux_jax.evaluate.models import Variant
+from flux_jax.io import png
+from flux_jax.runtime.environment import version
+
+
+def painter(variant: Variant, sampling: dict[str, Any]) -> Callable[[Any], Callable[[Picture], Any]]:
+    """device -> (picture -> PIL image), with a copy of the model on that device."""
+    import jax
+
+    def on(device: Any) -> Callable[[Picture], Any]:
+        with jax.default_device(device):
+            pipe = variant.load()
+
+        def draw(picture: Picture) -> Any:
+            with jax.default_device(device), variant.tracing():
+                return pipe(picture.prompt, seed=picture.seed, **sampling).images[0]
+
+        return draw
+
+    return on
+
+
+def once_for_each(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same function, remembering its results: a model is loaded once for all folders of a run."""
+    made: dict[Any, Any] = {}
+
+    def remembered(key: Any) -> Any:
+        if key not in made:
+            made[key] = make(key)
+        return made[key]
+
+    return remembered
+
+
+def recorder(variant: Variant, sampling: dict[str, Any], device: Any) -> Callable[[Picture, Any], dict[str, Any]]:
+    """(picture, image) -> the record that its file holds, as `flux_jax.generate` writes it."""
+    import jax
+
+    identity = variant.identity()
+    common = {
+        "format": png.RECORD_FORMAT,
+        "negative_prompt": None,
+        "steps": sampling["num_inference_steps"],
+        "guidance": sampling["guidance_scale"],
+        "true_cfg": 1.0,
+        "height": sampling["height"],
+        "width": sampling["width"],
+        "max_sequence_length": variant.config().sampling.max_sequence_length,
+        "dtype": identity["dtype"],
+        "model": {"id": variant.model} | {key: value for key, value in identity.items() if key != "dtype"},
+        "device": f"{device.platform} {device.device_kind}",
+        "versions": {"flux_jax": version(), "jax": jax.__version__, "python": sys.version.split()[0]},
+    }
+    return lambda picture, image: {"prompt": picture.prompt, "seed": picture.seed, **common}

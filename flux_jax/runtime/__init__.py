@@ -1,0 +1,1 @@
+"""Where programs run: environment, memory, compilation cache, devices that are not there, several processes."""

@@ -1,0 +1,39 @@
+"""Where the process runs: what JAX reads before it starts, the dtype that suits the device, our own version.
+
+In: a device ("cpu", "gpu" or None), a dtype or "auto". Out: environment variables, a numpy dtype, a version. The
+library never calls `set_environment`; programs do, before JAX is imported.
+"""
+
+import importlib.metadata
+import os
+from typing import Any
+
+from flux_jax.errors import DISTRIBUTION
+from flux_jax.runtime import memory
+
+
+def version() -> str:
+    """Of the installed package; a checkout that was never installed has none."""
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def set_environment(device: str | None) -> None:
+    """What JAX reads when it is imported, so it must be set before. The user's own values win, except for --device."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the rest of the GPU to others
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory.FRACTION))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def resolve_dtype(dtype: Any) -> Any:
+    """ "auto" as the dtype that suits the machine, anything else as a numpy dtype."""
+    import jax
+    import jax.numpy as jnp
+
+    if isinstance(dtype, str) and dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(dtype)
