@@ -20,7 +20,7 @@ from bench.products import shapes
 from flux_jax.config import dev
 from flux_jax.errors import UserError
 from flux_jax.runtime import aot
-from pallas_kernels import Target, fused, packed_width
+from pallas_kernels import Target, epilogues, fused, packed_width
 
 GPUS = ("a10", "a100", "h100", "l20")
 ROWS = (4608, 1)  # tokens of a 1024 x 1024 picture and its text; the modulation of one step
@@ -49,8 +49,8 @@ def kernels(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterat
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def product(name: str, m: int, n: int, k: int, operand: str, epilogue: Any = None) -> Case:
-        settings = fused.epilogue_settings(target, m, n, k, operand, epilogue)
-        out_dtype = jnp.int8 if isinstance(epilogue, fused.GeluQuantize) else jnp.bfloat16
+        settings = fused.epilogue_tiles(target, m, n, k, operand, epilogue)
+        out_dtype = jnp.int8 if isinstance(epilogue, epilogues.GeluQuantize) else jnp.bfloat16
 
         def function(*args: Any) -> Any:
             whole = None if epilogue is None else type(epilogue)(*args[5:])
@@ -74,11 +74,11 @@ def kernels(gpu: str, wanted: Sequence[tuple[int, int]] | None = None) -> Iterat
         labels = {"kernel": "concatenate, int8", "m": m, "n": sum(part.shape[1] for part in parts)}
         yield Case(labels, triton_rows.concatenate_quantize, parts)
     for k in (d, hidden, d + hidden):
-        yield product("matmul, gate, residual", m, d, k, "int8", fused.GatedResidual(vector, tokens))
+        yield product("matmul, gate, residual", m, d, k, "int8", epilogues.GatedResidual(vector, tokens))
     rope = array(jnp.float32, 2, m, head // 2)
-    yield product("matmul, norm, rotary", m, d, d, "int8", fused.NormRotary(norm, rope))
-    yield product("matmul, gelu", m, hidden, d, "int8", fused.Gelu())
-    yield product("matmul, gelu, int8", m, hidden, d, "int8", fused.GeluQuantize(array(jnp.float32)))
+    yield product("matmul, norm, rotary", m, d, d, "int8", epilogues.NormRope(norm, rope))
+    yield product("matmul, gelu", m, hidden, d, "int8", epilogues.Gelu())
+    yield product("matmul, gelu, int8", m, hidden, d, "int8", epilogues.GeluQuantize(array(jnp.float32)))
 
 
 def faults(gpu: str, case: Case, code: sass.Code) -> list[str]:

@@ -19,7 +19,7 @@ from bench.journal import Journal
 from bench.products import LIMITS, Layer, expected, judged, layers, tokens, weights
 from bench.timing import device_for
 from flux_jax.config import FluxConfig, dev, nano
-from pallas_kernels import current_target, fused
+from pallas_kernels import current_target, epilogues
 
 IN_IT = "matrix products of the blocks with bias, GELU of the double blocks, attention"
 NOT_IN_IT = "norms, modulation, rotary embedding, gates, residuals, GELU of the single blocks, copies of weights"
@@ -37,7 +37,7 @@ def product_case(layer: Layer) -> timing.Case:
         return jax.nn.gelu(y, approximate=True) if gelu else y
 
     def figures(ran: timing.Ran) -> dict[str, Any]:
-        right = expected("bf16", *ran.operands[:2], fused.Gelu() if gelu else None)
+        right = expected("bf16", *ran.operands[:2], epilogues.Gelu() if gelu else None)
         return rate(layer.m, layer.n, layer.k, ran.seconds) | judged(ran.out, right, LIMITS["bf16"])
 
     labels = {"part": layer.name, "m": layer.m, "n": layer.n, "k": layer.k, "gelu": gelu, "calls": layer.calls}

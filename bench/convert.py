@@ -32,7 +32,7 @@ from convert.rules import FORMATS, Format
 from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.errors import UserError
-from flux_jax.models.params import abstract_part, leaf_table
+from flux_jax.models.params import abstract_component, leaf_table
 
 POOL = 2**24  # normal numbers that all weights are taken from, in pieces that start anywhere
 SHARD_BYTES = 10e9  # of a file in the diffusers format, as published
@@ -43,7 +43,7 @@ ROOM = 2.2  # times the source's bytes: the source beside its copy, and then bes
 
 def tensors(fmt: Format, config: FluxConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of the transformer in that format."""
-    weights = expected("transformer", fmt, config, leaf_table(abstract_part("transformer", config)))
+    weights = expected("transformer", fmt, config, leaf_table(abstract_component("transformer", config)))
     return {piece.name: piece.shape for weight in weights.values() for piece in weight.pieces}
 
 

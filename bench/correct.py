@@ -24,8 +24,8 @@ from bench.tiles import tile
 from bench.timing import device_for
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.errors import UserError
-from pallas_kernels import current_target, fused, ternary_matmul, unpack_ternary
-from pallas_kernels.settings import EPILOGUES, Settings, choose_settings
+from pallas_kernels import current_target, epilogues, fused, ternary_matmul, unpack_ternary
+from pallas_kernels.tiling import EPILOGUES, TileConfig, choose_tiles
 
 Job = Callable[[], dict[str, Any]]
 RUNS = 4  # of each program: whatever moves between them is a race
@@ -82,12 +82,12 @@ def last(layers: int) -> jax.Array | None:
     return jnp.int32(layers - 1) if layers > 1 else None
 
 
-def integers(m: int, n: int, k: int, layers: int = 1, settings: Settings | None = None) -> dict[str, Any]:
+def integers(m: int, n: int, k: int, layers: int = 1, settings: TileConfig | None = None) -> dict[str, Any]:
     """The kernel's sums of integers, all of them, beside XLA's in float32 at full precision, which are exact."""
     from pallas_kernels import triton
 
     target = current_target()
-    settings = settings or choose_settings(target, m, n, k, "int8")
+    settings = settings or choose_tiles(target, m, n, k, "int8")
     held = stacked(layers, {"packed": products.weights("packed", n, k)["packed"], "scale": jnp.ones(n)})
     x, _ = products.rounded("int8", products.tokens(m, k))
     x = jnp.pad(x, ((0, 0), (0, 4 * held["packed"].shape[-1] - k)))
@@ -135,7 +135,7 @@ def residual_kept(m: int, n: int, k: int) -> dict[str, Any]:
     then = products.epilogue_operands("gated_residual", m, n, n)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def program(implementation: str, then: fused.GatedResidual) -> tuple[jax.Array, jax.Array]:
+    def program(implementation: str, then: epilogues.GatedResidual) -> tuple[jax.Array, jax.Array]:
         y = fused.fused_matmul(*x, **own, epilogue=then, implementation=implementation)
         return y, then.residual + 1
 
@@ -203,7 +203,7 @@ def cases(config: FluxConfig, tiny: bool) -> Iterator[tuple[str, Job]]:
         yield f"{name} edge", functools.partial(epilogue, name, 33, 3 * head, 200, head)
     yield "integers, layer 2 of 3", functools.partial(integers, 33, 128, 256, 3)
     for tiling in () if tiny else TILINGS:
-        yield f"integers {tiling}", functools.partial(integers, 4608, mlp, d, settings=Settings(*tiling))
+        yield f"integers {tiling}", functools.partial(integers, 4608, mlp, d, settings=TileConfig(*tiling))
 
 
 def check(journal: Journal, named: Iterator[tuple[str, Job]], tiny: bool) -> None:

@@ -22,7 +22,7 @@ from flux_jax.distill import student, training
 from flux_jax.distill.blockwise import BlockLoss
 from flux_jax.distill.end_to_end import VelocityLoss, own_starts
 from flux_jax.distill.options import LARGE, Options
-from flux_jax.models.params import abstract_part, leaf_table
+from flux_jax.models.params import abstract_component, leaf_table
 from flux_jax.models.quantize import is_ternary
 from flux_jax.runtime import aot
 from flux_jax.training import mesh as meshes
@@ -34,10 +34,10 @@ def abstract(shape: Sequence[int], dtype: Any, sharding: Any) -> jax.ShapeDtypeS
 
 
 def compiled_step(
-    devices: jax.sharding.Mesh, loss: Any, plan: training.Plan, params: Any, batch: dict, frozen: dict
+    devices: jax.sharding.Mesh, loss: Any, plan: training.FitConfig, params: Any, batch: dict, frozen: dict
 ) -> Any:
     """`training.update` compiled for those devices; params abstract, batch and frozen with shardings."""
-    state = jax.eval_shape(lambda p: training.begin(plan, devices, p), params)
+    state = jax.eval_shape(lambda p: training.init_state(plan, devices, p), params)
     state = jax.tree.map(lambda x: abstract(x.shape, x.dtype, meshes.parameter(devices, x.shape)), state)
     step = jax.jit(lambda s, b, f, i: training.update(loss, plan, devices, s, b, f, i), donate_argnums=0)
     return aot.compile_for(devices, step, state, batch, frozen, abstract((), jnp.int32, meshes.whole(devices)))
@@ -53,12 +53,12 @@ def memory(compiled: Any) -> dict[str, int]:
 
 def block_training(
     devices: jax.sharding.Mesh, kind: str, config: FluxConfig, options: Options, tokens: int, batch: int
-) -> tuple[BlockLoss, training.Plan, Any, dict[str, Any], jax.ShapeDtypeStruct]:
+) -> tuple[BlockLoss, training.FitConfig, Any, dict[str, Any], jax.ShapeDtypeStruct]:
     """(loss, plan, parameters, a batch, rope) of phase `blockwise` for one block; the last three are abstract.
 
     kind: "double_blocks" or "single_blocks"; tokens: of the image; batch: points.
     """
-    stacked = getattr(abstract_part("transformer", config), kind)
+    stacked = getattr(abstract_component("transformer", config), kind)
     rows, text, width = meshes.by_row(devices), config.sampling.max_sequence_length, config.transformer.hidden_size
 
     def one() -> nnx.Module:
@@ -69,7 +69,9 @@ def block_training(
     states, vec = (abstract((batch, *size), jnp.bfloat16, rows) for size in ((text + tokens, width), (width,)))
     inputs = dict.fromkeys(("student", "teacher", "target"), states) | {"vec": vec}
     rope = abstract((2, text + tokens, config.transformer.head_dim // 2), jnp.float32, meshes.whole(devices))
-    plan = training.Plan.of(options, steps=options.block_steps, learning_rate=options.block_learning_rate, accumulate=1)
+    plan = training.FitConfig.of(
+        options, steps=options.block_steps, learning_rate=options.block_learning_rate, accumulate=1
+    )
     loss = BlockLoss(graph, text, image_only=False, dtype=jnp.dtype(jnp.bfloat16))
     return loss, plan, nnx.to_pure_dict(state), inputs, rope
 
@@ -92,7 +94,7 @@ def whole_step(gpu: str, config: FluxConfig, options: Options, tokens: int, coun
     """The figures of one step of phase `end_to_end`, parameters cut over `count` GPUs, `batch` points in all."""
     devices, text = aot.mesh(gpu, (1, count), meshes.AXES), config.sampling.max_sequence_length
     change = functools.partial(student.student_of, prefix="", options=options, rows=meshes.by_row(devices))
-    module = abstract_part("transformer", config, change=change)
+    module = abstract_component("transformer", config, change=change)
     module.rematerialise = True
     graph, state = nnx.split(module)
     shape, rows, whole = config.transformer, meshes.by_row(devices), meshes.whole(devices)
@@ -106,7 +108,7 @@ def whole_step(gpu: str, config: FluxConfig, options: Options, tokens: int, coun
     inputs = {name: abstract(size, jnp.float32, rows) for name, size in points.items()}
     sizes = {"rope": (2, text + tokens, shape.head_dim // 2), "guidance": ()}
     frozen = {name: abstract(size, jnp.float32, whole) for name, size in sizes.items()}
-    plan = training.Plan.of(options, steps=options.learning_steps)
+    plan = training.FitConfig.of(options, steps=options.learning_steps)
     params = nnx.to_pure_dict(state)
     compiled = compiled_step(devices, VelocityLoss(graph, jnp.dtype(jnp.bfloat16)), plan, params, inputs, frozen)
     about = {"gpu": gpu, "devices": count, "program": "end to end", "batch": batch}
@@ -118,7 +120,7 @@ def forward_flops(config: FluxConfig, tokens: int) -> float:
     """Of the whole transformer at one point: two for each weight and token that it meets, four n^2 d for attention."""
     text, shape = config.sampling.max_sequence_length, config.transformer
     total = 0.0
-    for name, size in leaf_table(abstract_part("transformer", config)).items():
+    for name, size in leaf_table(abstract_component("transformer", config)).items():
         path = name.removesuffix(".weight")
         if name == path or not is_ternary(path):
             continue

@@ -49,7 +49,7 @@ def measure(teacher: str, folder: Path, texts: list[str], options: Options, poin
     """One run: its held-out losses and its score. points: a folder that trajectories are shared in."""
     from flax import nnx
 
-    from flux_jax.distill.run import prepare, teach
+    from flux_jax.distill.run import prepare, train_student
     from flux_jax.evaluate import nano
     from flux_jax.sampling.pipeline import FluxPipeline
 
@@ -59,7 +59,7 @@ def measure(teacher: str, folder: Path, texts: list[str], options: Options, poin
     for name in names:
         if (shared / name).exists() and not (folder / name).exists():
             shutil.copytree(shared / name, folder / name)
-    graph, params, about = teach(work)
+    graph, params, about = train_student(work)
     for name in names:
         if (folder / name).exists() and not (shared / name).exists():
             shutil.copytree(folder / name, shared / name)

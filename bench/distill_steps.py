@@ -51,7 +51,7 @@ def trial(kind: str, config: FluxConfig, options: Options, tokens: int, steps: i
     one = jax.make_mesh((1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
     loss, plan, params, batch, rope = block_training(one, kind, config, options, tokens, options.block_batch)
     batch, rope = random(batch, 1.0, 1), random({"rope": rope}, 1.0, 2)["rope"]
-    state = training.begin(plan, one, random(params, 0.6, 0))
+    state = training.init_state(plan, one, random(params, 0.6, 0))
     start = time.perf_counter()
     program = training.update.lower(loss, plan, one, state, batch, rope, np.int32(0)).compile()
     compiled, seconds, losses = time.perf_counter() - start, [], []

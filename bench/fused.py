@@ -18,13 +18,13 @@ from bench.products import Product, tokens
 from bench.tiles import wanted
 from bench.timing import device_for
 from flux_jax.config import FluxConfig, dev, nano
-from pallas_kernels import fused
+from pallas_kernels import epilogues, fused
 
 IMPLEMENTATIONS = ("triton", "xla")
 
 
 def product_case(product: Product, head: int, implementation: str) -> timing.Case:
-    def multiply(x: Any, own: dict[str, jax.Array], epilogue: fused.Epilogue | None) -> jax.Array:
+    def multiply(x: Any, own: dict[str, jax.Array], epilogue: epilogues.Epilogue | None) -> jax.Array:
         return fused.fused_matmul(*x, **own, epilogue=epilogue, implementation=implementation)
 
     return fused_case(product, head, {"implementation": implementation}, multiply)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from bench.products import LIMITS, Product, epilogue_operands, expected, judged, rounded, tokens, weights
 from bench.timing import Case, Ran, copies_for
 from flux_jax.models import layers
-from pallas_kernels import fused, ternary_matmul
+from pallas_kernels import epilogues, fused, ternary_matmul
+from pallas_kernels.dispatch import current_target
 from pallas_kernels.packing import PLANE, TILE
-from pallas_kernels.settings import Settings, current_target
+from pallas_kernels.tiling import TileConfig
 
 
 class Implementation(NamedTuple):
@@ -38,7 +39,9 @@ def ternary(activations: str, implementation: str) -> Callable[[Any, dict[str, j
     return product
 
 
-def kernel(x: Any, weights: dict[str, jax.Array], epilogue: Any = None, settings: Settings | None = None) -> jax.Array:
+def kernel(
+    x: Any, weights: dict[str, jax.Array], epilogue: Any = None, settings: TileConfig | None = None
+) -> jax.Array:
     """The Triton kernel by itself. x: bf16 [m, k], or (int8 [m, k], float32 [m]) as another kernel has quantized it.
 
     settings: those to try; None takes what the product would take.
@@ -47,7 +50,7 @@ def kernel(x: Any, weights: dict[str, jax.Array], epilogue: Any = None, settings
 
     rows, row_scale = x if isinstance(x, tuple) else (x, None)
     target, n = current_target(), weights["packed"].shape[0]
-    settings = settings or fused.epilogue_settings(target, *rows.shape[:1], n, rows.shape[1], str(rows.dtype), epilogue)
+    settings = settings or fused.epilogue_tiles(target, *rows.shape[:1], n, rows.shape[1], str(rows.dtype), epilogue)
     how = {"settings": settings, "epilogue": epilogue, "interpret": target.platform == "interpret"}
     return triton.matmul(rows, row_scale, **weights, out_dtype=jnp.dtype(jnp.bfloat16), **how)
 
@@ -104,7 +107,7 @@ def fused_case(
     product: Product,
     head: int,
     labels: dict[str, Any],
-    multiply: Callable[[Any, dict[str, jax.Array], fused.Epilogue | None], jax.Array],
+    multiply: Callable[[Any, dict[str, jax.Array], epilogues.Epilogue | None], jax.Array],
     activations: str = "int8",
 ) -> Case:
     """A product with its epilogue by `multiply` (x, weights, epilogue) -> y, where x is (int8 [m, k], float32 [m]), or
@@ -113,12 +116,12 @@ def fused_case(
 
     def operands() -> tuple[Any, Any, Any]:
         x, epilogue, out = tokens(m, k), epilogue_operands(product.epilogue, m, n, head), None
-        if isinstance(epilogue, fused.GatedResidual):
+        if isinstance(epilogue, epilogues.GatedResidual):
             epilogue, out = epilogue._replace(residual=None), epilogue.residual
         return (rounded("int8", x) if activations == "int8" else x, epilogue), weights("packed", n, k), out
 
-    def whole(epilogue: fused.Epilogue | None, out: jax.Array) -> fused.Epilogue | None:
-        return epilogue._replace(residual=out) if isinstance(epilogue, fused.GatedResidual) else epilogue
+    def whole(epilogue: epilogues.Epilogue | None, out: jax.Array) -> epilogues.Epilogue | None:
+        return epilogue._replace(residual=out) if isinstance(epilogue, epilogues.GatedResidual) else epilogue
 
     def operation(x: Any, own: dict[str, jax.Array], out: jax.Array) -> jax.Array:
         return multiply(x[0], own, whole(x[1], out))

@@ -21,11 +21,13 @@ from bench.products import shapes
 from bench.timing import device_for
 from flux_jax.config import dev, nano
 from flux_jax.errors import UserError
-from pallas_kernels.settings import FLOATING_ROWS, GEMV_ROWS
+from pallas_kernels.dispatch import FLOATING_ROWS
+from pallas_kernels.tiling import GEMV_ROWS
 
 # Tokens of a picture with its text, one step's modulation, the text, all steps' modulation; what matters most is first.
 ROWS = (4608, 1, 512, 28)
-# With many tokens floating activations go to XLA, with few to the kernel (`pallas_kernels.settings.choose`).
+# With many tokens floating activations go to XLA, with few to the kernel
+# (`pallas_kernels.dispatch.choose_implementation`).
 MANY = ("bf16", "A8 kernel, int8 given", "A8 kernel", "A16 scratch", "A8 scratch")
 FEW = ("bf16", "A16 kernel", "A8 kernel", "A8 kernel, int8 given")
 MANY_TOO = (12288, 3072, "A16 kernel")  # whether it is right that the kernel does not take these

@@ -21,7 +21,7 @@ from flax import nnx
 
 from bench import report
 from flux_jax.config import FluxConfig, dev, nano
-from flux_jax.models.params import abstract_part
+from flux_jax.models.params import abstract_component, nbytes
 from flux_jax.models.quantize import METHODS, abstract_ternary, ternarize, ternary_paths
 from flux_jax.runtime import aot
 from flux_jax.sampling.programs import Conditions, denoise
@@ -37,7 +37,7 @@ def abstract_transformer(config: FluxConfig, weights: str) -> nnx.Module:
     """The transformer with weights of that kind and all else bf16; shapes for arrays."""
     activations = WEIGHTS[weights]
     if activations is None:
-        return abstract_part("transformer", config, jnp.bfloat16)
+        return abstract_component("transformer", config, jnp.bfloat16)
     return abstract_ternary(config, jnp.bfloat16, activations=activations)
 
 
@@ -75,7 +75,7 @@ def measure(gpu: str, weights: str, config: FluxConfig, steps: int, tokens: int)
     figures["total_bytes"] = sum(figures[f"{kind}_bytes"] for kind in ("argument", "temporary", "output"))
     read, modulation = read_in_loop(text, transformer)
     return figures | {
-        "model_bytes": sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(transformer)),
+        "model_bytes": nbytes(transformer),
         "model_bytes_in_loop": read,
         "modulation_bytes_in_loop": modulation,
         "cudnn_attention_calls": text.count('custom_call_target="__cudnn$fmha'),
@@ -86,10 +86,6 @@ def measure(gpu: str, weights: str, config: FluxConfig, steps: int, tokens: int)
 def image_tokens(config: FluxConfig, width: int, height: int) -> int:
     """Of a picture of so many pixels."""
     return (width // config.pixels_per_token) * (height // config.pixels_per_token)
-
-
-def leaf_bytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
 
 def read_in_loop(text: str, transformer: nnx.Module) -> tuple[int, int]:
@@ -106,8 +102,8 @@ def read_in_loop(text: str, transformer: nnx.Module) -> tuple[int, int]:
     for path, leaf in nnx.to_flat_state(nnx.state(transformer)):
         name = {"bfloat16": "bf16", "float32": "f32", "uint8": "u8"}[str(leaf.dtype)]
         if (name, ",".join(map(str, leaf.shape))) in carried:
-            read += leaf_bytes(leaf)
-            modulation += leaf_bytes(leaf) if path[-2] == "mod" and leaf.ndim > 2 else 0
+            read += nbytes(leaf)
+            modulation += nbytes(leaf) if path[-2] == "mod" and leaf.ndim > 2 else 0
     return read, modulation
 
 
@@ -160,7 +156,7 @@ def sizes(config: FluxConfig, n: int, k: int) -> dict[str, Any]:
     """Bits a weight for each method of rounding, and from them the size on disk of a whole transformer."""
     weights = sum(math.prod(shape) for shape in ternary_paths(config).values())
     kept = abstract_transformer(config, "ternary A16")
-    rest = sum(leaf_bytes(leaf) for path, leaf in nnx.to_flat_state(nnx.state(kept)) if path[-1] != "packed")
+    rest = sum(nbytes(leaf) for path, leaf in nnx.to_flat_state(nnx.state(kept)) if path[-1] != "packed")
     bits = {method: stored_bits(n, k, method) for method in METHODS}
     whole = {method: round(weights * found["disk"] / 8 + rest) for method, found in bits.items()}
     return {"layer": [n, k], "bits_per_weight": bits, "ternary_weights": weights, "estimated_disk_bytes": whole}
@@ -205,8 +201,8 @@ def main(argv: Sequence[str]) -> None:
     methods = bits["bits_per_weight"].items()
     columns = ("zeros", "entropy", "disk", "memory")
     print(report.table(["rounded by", *columns], [[m, *(f"{b[c]:.3f}" for c in columns)] for m, b in methods]))
-    for method, nbytes in bits["estimated_disk_bytes"].items():
-        print(f"whole transformer on disk, {method}: {nbytes / GIGABYTE:.2f} GB (bits of that layer times all weights)")
+    for method, size in bits["estimated_disk_bytes"].items():
+        print(f"whole transformer on disk, {method}: {size / GIGABYTE:.2f} GB (bits of that layer times all weights)")
     figures = {"model": config.name, "size": [width, height], "steps": args.steps, "programs": rows, "sizes": bits}
     report.finish("memory", figures, save=args.save, on=f"none: compiled ahead of time for {', '.join(args.gpus)}")
 

@@ -19,7 +19,7 @@ import numpy as np
 from bench import draw
 from flux_jax.config import FluxConfig
 from flux_jax.models.quantize import ternary_paths
-from pallas_kernels import fused, pack_ternary, quantize_rows, unpack_ternary
+from pallas_kernels import epilogues, pack_ternary, quantize_rows, unpack_ternary
 
 CHECKED_ROWS = 64  # of a result, compared with what is right
 # Largest error over the largest value. bfloat16 rounds a result by up to 2**-9 of itself, and an epilogue rounds up to
@@ -45,7 +45,7 @@ class Layer(NamedTuple):
 
 
 class Product(NamedTuple):
-    """What a kernel computes at once: a part of a layer, by the name of its epilogue (`pallas_kernels.settings`)."""
+    """What a kernel computes at once: a part of a layer, by the name of its epilogue (`pallas_kernels.dispatch`)."""
 
     m: int
     n: int
@@ -123,17 +123,17 @@ def weights(kind: str, n: int, k: int) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def epilogue_operands(name: str, m: int, n: int, head: int) -> fused.Epilogue | None:
+def epilogue_operands(name: str, m: int, n: int, head: int) -> epilogues.Epilogue | None:
     """The epilogue of that name with random operands, for m tokens and n channels; head: channels of a head."""
     if name == "gated_residual":
-        return fused.GatedResidual(draw.normal(5, (n,)), draw.normal(6, (m, n)))
+        return epilogues.GatedResidual(draw.normal(5, (n,)), draw.normal(6, (m, n)))
     if name == "norm_rotary":
         angles = draw.uniform(7, (m, head // 2), 0, 6)
         weight = draw.uniform(8, (head,), 0.5, 2, jnp.bfloat16)
-        return fused.NormRotary(weight, jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
+        return epilogues.NormRope(weight, jnp.stack([jnp.cos(angles), jnp.sin(angles)]))
     if name == "gelu_quantize":
-        return fused.GeluQuantize(jnp.float32(0.05))
-    return fused.Gelu() if name == "gelu" else None
+        return epilogues.GeluQuantize(jnp.float32(0.05))
+    return epilogues.Gelu() if name == "gelu" else None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -164,10 +164,10 @@ def expected(
     kept = checked_rows(len(x[0] if isinstance(x, tuple) else x))
     rows, row_scale = (part[kept] for part in x) if isinstance(x, tuple) else rounded(activations, x[kept])
     match epilogue:
-        case fused.GatedResidual(gate, residual):
-            epilogue = fused.GatedResidual(gate, residual[kept])
-        case fused.NormRotary(weight, rope):
-            epilogue = fused.NormRotary(weight, rope[:, kept])
+        case epilogues.GatedResidual(gate, residual):
+            epilogue = epilogues.GatedResidual(gate, residual[kept])
+        case epilogues.NormRope(weight, rope):
+            epilogue = epilogues.NormRope(weight, rope[:, kept])
     return _expected(rows, row_scale, weights, epilogue, calls)
 
 
@@ -177,10 +177,10 @@ def _expected(rows, row_scale, weights, epilogue, calls):
     y = exact_sums(rows, weights["weight"] if plain else unpack_ternary(weights["packed"], rows.shape[1]))
     y = y if plain else y * row_scale[:, None] * weights["scale"][None]
     y = y + weights["bias"].astype(jnp.float32)[None]
-    if isinstance(epilogue, fused.GatedResidual):
+    if isinstance(epilogue, epilogues.GatedResidual):
         for _ in range(calls - 1):
-            epilogue = epilogue._replace(residual=fused.finish(y, epilogue).astype(jnp.bfloat16))
-    return fused.finish(y, epilogue)
+            epilogue = epilogue._replace(residual=epilogues.finish(y, epilogue).astype(jnp.bfloat16))
+    return epilogues.finish(y, epilogue)
 
 
 def judged(y: jax.Array, right: jax.Array, limit: float) -> dict[str, Any]:

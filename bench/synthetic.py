@@ -16,10 +16,9 @@ from flax import nnx
 
 from bench import draw
 from flux_jax.config import FluxConfig
-from flux_jax.models.attention import rotary
 from flux_jax.models.params import STACKED
 from flux_jax.sampling.programs import Conditions
-from flux_jax.sampling.schedule import position_ids, sigmas
+from flux_jax.sampling.schedule import rope_table, sigmas
 
 DIGITS = (0b00, 0b01, 0b11)  # the bits of the codes 0, 1 and -1
 STRIDE = 1000  # between the seeds of two stacks: more than their layers
@@ -59,13 +58,12 @@ def _stack(kind: str, layers: int, shape: tuple[int, ...], dtype: Any, spread: A
 def inputs(config: FluxConfig, steps: int, rows: int, columns: int, dtype: Any) -> tuple[Any, Any, Conditions]:
     """Noise [i, c], sigmas [steps + 1] and random conditions of one picture of rows x columns tokens."""
     transformer, text = config.transformer, config.sampling.max_sequence_length
-    ids = position_ids(rows, columns, text)
     conditions = Conditions(
         text=draw.normal(0, (1, text, transformer.text_dim), dtype),
         pooled=draw.normal(1, (1, transformer.pooled_dim), dtype),
         guidance=jnp.float32(3.5),
         true_cfg=jnp.float32(1.0),
-        rope=jnp.asarray(rotary(ids, transformer.axes_dim, transformer.theta)),
+        rope=jnp.asarray(rope_table(transformer, rows, columns, text)),
     )
     noise = draw.normal(2, (rows * columns, transformer.in_channels), jnp.float32)
     return noise, jnp.asarray(sigmas(config.sampling, steps, rows * columns)), conditions

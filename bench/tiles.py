@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from bench.products import Product, epilogue_operands, model_products
 from flux_jax.config import FluxConfig
 from pallas_kernels import current_target, packed_width
-from pallas_kernels.fused import epilogue_settings
-from pallas_kernels.settings import FLOATING_ROWS, GEMV_ROWS, Settings
+from pallas_kernels.dispatch import FLOATING_ROWS
+from pallas_kernels.fused import epilogue_tiles
+from pallas_kernels.tiling import GEMV_ROWS, TileConfig
 
 OPERANDS = {"int8": "int8", "bfloat16": "bf16"}  # dtype of the activations that meet the weights -> kind of activations
 STEPS = (28, 1)  # of a picture, which are the tokens of its modulation
@@ -72,7 +73,7 @@ def wanted(config: FluxConfig, operand: str) -> list[Product]:
     return found
 
 
-def candidates(product: Product, operand: str, head: int, everything: bool = False) -> list[Settings]:
+def candidates(product: Product, operand: str, head: int, everything: bool = False) -> list[TileConfig]:
     """Settings that may suit a product, without the one that it has. everything: all that fill tensor cores, registers
     and shared memory, and no more, hundreds of them."""
     if not everything:
@@ -82,14 +83,14 @@ def candidates(product: Product, operand: str, head: int, everything: bool = Fal
     else:
         tries = itertools.product((64, 128, 256), (64, 128, 256), (128, 256, 512), (4, 8), (2, 3, 4))
     own = own_settings(product, operand, head)
-    found = [Settings(*values) for values in tries]
+    found = [TileConfig(*values) for values in tries]
     if product.epilogue == "norm_rotary":  # a tile is a head
         found = [dataclasses.replace(settings, block_n=head) for settings in found]
     suiting = fits if not everything else suits
     return [s for s in dict.fromkeys(found) if s != own and suiting(s, product, operand)]
 
 
-def fits(settings: Settings, product: Product, operand: str) -> bool:
+def fits(settings: TileConfig, product: Product, operand: str) -> bool:
     """Its steps end with the row, its tokens are not mostly padding, its parts fit the shared memory."""
     block_m, block_n, block_k, _, stages = dataclasses.astuple(settings)
     if 4 * packed_width(product.k) % block_k or block_m > max(64, product.m):
@@ -98,7 +99,7 @@ def fits(settings: Settings, product: Product, operand: str) -> bool:
     return stages * tile + (stages - 1) * packed_tile <= SHARED_BYTES
 
 
-def suits(settings: Settings, product: Product, operand: str) -> bool:
+def suits(settings: TileConfig, product: Product, operand: str) -> bool:
     """Fits, and no thread has too little to do, or more than its registers hold."""
     threads = 32 * settings.num_warps
     if product.m <= GEMV_ROWS:
@@ -108,10 +109,10 @@ def suits(settings: Settings, product: Product, operand: str) -> bool:
     return enough and fits(settings, product, operand)
 
 
-def own_settings(product: Product, operand: str, head: int) -> Settings:
+def own_settings(product: Product, operand: str, head: int) -> TileConfig:
     """What the product is run with now."""
     epilogue = epilogue_operands(product.epilogue, 1, 1, head)
-    return epilogue_settings(current_target(), *product[:3], operand, epilogue)
+    return epilogue_tiles(current_target(), *product[:3], operand, epilogue)
 
 
 def tile(settings: Iterable[int]) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from bench import report
 from bench.journal import Journal
 from flux_jax.errors import UserError
+from flux_jax.models.params import nbytes
 from pallas_kernels import Target, compiling_for
 
 SAMPLE_SECONDS = 0.03  # the host's part, of some 0.1 ms, is lost in it
@@ -72,11 +73,6 @@ def device_for(tiny: bool) -> Iterator[None]:
     """The GPU; with `tiny` any device, on which the kernels are interpreted if it is not a GPU."""
     with contextlib.nullcontext() if report.has_gpu(tiny) else compiling_for(Target("interpret", "9.0")):
         yield
-
-
-def nbytes(tree: Any) -> int:
-    """Of all arrays in it, which need not exist."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def copies_for(m: int) -> int | None:

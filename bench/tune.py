@@ -2,7 +2,7 @@
 
 In: a GPU. For each product of FLUX's ternary layers, with what it ends with as the model runs it, a few settings that
 have reasons (with --all every one that could suit) are compiled, several at a time, run one by one, and checked. Out:
-`pallas_kernels/tuned/<device>.json`, which `pallas_kernels.settings` reads from then on. It is written after every
+`pallas_kernels/tuned/<device>.json`, which `pallas_kernels.dispatch` reads from then on. It is written after every
 product, and products that are in it already are not tried again, so that a run may be cut off at any time.
 """
 
@@ -26,13 +26,13 @@ from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.errors import UserError
 from flux_jax.io.atomic import write_whole
 from pallas_kernels import LAYOUT_VERSION, Target, current_target
-from pallas_kernels.settings import Settings, table_path
+from pallas_kernels.tiling import TileConfig, table_path
 
 PRODUCT_SECONDS = 10.0  # without which a product is not begun
 
 
 def tune(
-    product: Product, operand: str, tries: Sequence[Settings], head: int, journal: Journal, *, tiny: bool
+    product: Product, operand: str, tries: Sequence[TileConfig], head: int, journal: Journal, *, tiny: bool
 ) -> dict[str, Any] | None:
     """The row of the table for one product, its quickest setting that is also right; None if there is no such."""
     every = [own_settings(product, operand, head), *tries]
@@ -83,7 +83,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, target: Target, rows: Sequence[dict[str, Any]]) -> None:
-    """The table as `pallas_kernels.settings.read_table` takes it."""
+    """The table as `pallas_kernels.tiling.read_table` takes it."""
     about = {"device": target.name, "compute_capability": target.compute_capability, "layout": LAYOUT_VERSION}
     about |= {"versions": report.versions(), "commit": report.commit()}
     about |= {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from flux_jax.cli.main import Parser, guarded, program, say
 from flux_jax.errors import UserError
-from flux_jax.models.params import PARTS
-from flux_jax.models.quantize import METHODS, report
+from flux_jax.models.params import COMPONENTS
+from flux_jax.models.quantize import METHODS, quantization_report
 
 DTYPES = ("bfloat16", "float32", "float16")
 EPILOG = """\
@@ -54,7 +54,7 @@ def parser() -> Parser:
     p.add_argument("--clip", type=Path, metavar="PATH", help="CLIP's folder or .safetensors file, instead of SOURCE's")
     p.add_argument("--vae", type=Path, metavar="PATH", help="the autoencoder's folder or file (such as ae.safetensors)")
     p.add_argument("--tokenizers", type=Path, metavar="DIR", help="a folder that holds tokenizer/ and tokenizer_2/")
-    p.add_argument("--parts", metavar="NAMES", help=f"only these, with commas between: {','.join(PARTS)}")
+    p.add_argument("--parts", metavar="NAMES", help=f"only these, with commas between: {','.join(COMPONENTS)}")
     p.add_argument("--config", type=Path, metavar="FILE", help="a FluxConfig as JSON, for sizes the files do not tell")
     p.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT if it exists")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
@@ -84,34 +84,43 @@ def run(args: argparse.Namespace) -> None:
     from convert.run import convert, rewrite
     from flux_jax.checkpoints.checkpoint import Checkpoint, is_checkpoint
 
-    parts = None if args.parts is None else tuple(args.parts.split(","))
-    if unknown := set(parts or ()) - set(PARTS):
-        raise UserError(f"--parts knows {','.join(PARTS)}, not {','.join(sorted(unknown))}")
-    if args.ternary is not None and "transformer" not in (parts or PARTS):
+    components = None if args.parts is None else tuple(args.parts.split(","))
+    if unknown := set(components or ()) - set(COMPONENTS):
+        raise UserError(f"--parts knows {','.join(COMPONENTS)}, not {','.join(sorted(unknown))}")
+    if args.ternary is not None and "transformer" not in (components or COMPONENTS):
         raise UserError("--ternary rounds the transformer, which --parts leaves out")
     if args.out.exists() and not args.overwrite:  # said before anything is downloaded
         raise UserError(f"{args.out} exists already: choose another name, or give --overwrite to replace it")
-    how: dict = {"form": weight_format.Form(args.dtype, args.ternary), "overwrite": args.overwrite, "quiet": args.quiet}
-    options = {part: path for part in PARTS if (path := getattr(args, part, None)) is not None}
+    how: dict = {
+        "form": weight_format.WeightFormat(args.dtype, args.ternary),
+        "overwrite": args.overwrite,
+        "quiet": args.quiet,
+    }
+    options = {component: path for component in COMPONENTS if (path := getattr(args, component, None)) is not None}
     if args.ternary is not None and is_checkpoint(args.source):
         if options or args.tokenizers or args.config:
             raise UserError(
                 f"{args.source} is a checkpoint with parts of its own: leave out the options that name others"
             )
-        warnings = rewrite(args.source, args.out, parts=parts, **how)
+        warnings = rewrite(args.source, args.out, components=components, **how)
     else:
         source, origin = Path(args.source), None
         if hub.is_hub_name(args.source):
-            needed = [part for part in parts or PARTS if part not in options]
+            needed = [component for component in components or COMPONENTS if component not in options]
             source, origin = hub.fetch(args.source, needed), args.source
         model = sources.find(
-            source, options=options, tokenizers=args.tokenizers, parts=parts, config=args.config, origin=origin
+            source,
+            options=options,
+            tokenizers=args.tokenizers,
+            components=components,
+            config=args.config,
+            origin=origin,
         )
         warnings = convert(model, args.out, **how)
     if args.ternary is not None:
         warnings.append(weight_format.WARNING)
         if not args.quiet:
-            say(report(Checkpoint.open(args.out).config))
+            say(quantization_report(Checkpoint.open(args.out).config))
     for warning in warnings:
         say(f"warning: {warning}")
     print(args.out)

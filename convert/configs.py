@@ -1,6 +1,6 @@
 """Config files of the published formats, to and from `FluxConfig`.
 
-In: the JSON that lies beside a part's weights (diffusers' transformer, vae and scheduler; transformers' text
+In: the JSON that lies beside a component's weights (diffusers' transformer, vae and scheduler; transformers' text
 encoders), or the shapes in a single file's header. Out: the section of `FluxConfig`, or, the other way, the JSON. A
 value that our modules do not implement is a fault, never ignored.
 """
@@ -130,46 +130,47 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def section(part: str, data: Mapping[str, Any], where: str) -> Any:
-    """A part's section of FluxConfig from its published config. UserError with all the values that do not fit."""
+def section(component: str, data: Mapping[str, Any], where: str) -> Any:
+    """A component's section of FluxConfig from its published config. UserError with all the values that do not fit."""
     data = dict(data)
-    if part == "t5" and "gated" in str(data.get("feed_forward_proj", "")):  # older files say it in one word
+    if component == "t5" and "gated" in str(data.get("feed_forward_proj", "")):  # older files say it in one word
         data.setdefault("is_gated_act", True)
         data.setdefault("dense_act_fn", "gelu_new")
     faults = [
         f"{key} is {data.get(key, default)!r}, must be {' or '.join(map(repr, allowed))}"
-        for key, (default, allowed) in MUST[part].items()
+        for key, (default, allowed) in MUST[component].items()
         if data.get(key, default) not in allowed
         and not (key == "out_channels" and data.get(key) == data.get("in_channels"))
     ]
-    values: dict[str, Any] = {ours: data.get(theirs, default) for ours, (theirs, default) in FIELDS[part].items()}
+    values: dict[str, Any] = {ours: data.get(theirs, default) for ours, (theirs, default) in FIELDS[component].items()}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    if part == "transformer":
+    if component == "transformer":
         values["hidden_size"] = values["num_heads"] * data.get("attention_head_dim", 128)
-    if part == "vae":
+    if component == "vae":
         values["shift_factor"] = float(values["shift_factor"] or 0.0)
     if not faults:
         try:
-            full = dataclasses.asdict(CONFIG_OF[part](**values))
-            return getattr(FluxConfig.from_json({**FluxConfig().to_json(), part: full}), part)
+            full = dataclasses.asdict(CONFIG_OF[component](**values))
+            return getattr(FluxConfig.from_json({**FluxConfig().to_json(), component: full}), component)
         except (ValueError, TypeError) as error:
             faults.append(str(error))
-    raise UserError(f"{where}: not a {part} that flux_jax knows: {'; '.join(faults)}")
+    raise UserError(f"{where}: not a {component} that flux_jax knows: {'; '.join(faults)}")
 
 
-def published(part: str, config: FluxConfig) -> dict[str, Any]:
-    """A part's config.json, as diffusers or transformers reads it. UserError where their classes cannot express it."""
-    ours = getattr(config, part)
-    fields = {theirs: getattr(ours, name) for name, (theirs, _) in FIELDS[part].items()}
-    data = {**WRITTEN[part], **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
-    if part == "transformer":
+def published(component: str, config: FluxConfig) -> dict[str, Any]:
+    """A component's config.json, as diffusers or transformers reads it. UserError where their classes cannot express
+    it."""
+    ours = getattr(config, component)
+    fields = {theirs: getattr(ours, name) for name, (theirs, _) in FIELDS[component].items()}
+    data = {**WRITTEN[component], **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+    if component == "transformer":
         fixed = {"mlp_ratio": 4, "theta": 10_000, "timestep_dim": 256}
         if odd := {k: getattr(ours, k) for k, v in fixed.items() if getattr(ours, k) != v}:
             raise UserError(f"diffusers has no place for {odd} of this transformer: it knows only {fixed}")
         data["attention_head_dim"] = ours.head_dim
-    if part == "clip":
+    if component == "clip":
         data["projection_dim"] = ours.hidden_size
-    if part == "vae":
+    if component == "vae":
         levels = len(ours.channels)
         data["out_channels"] = ours.image_channels
         data["down_block_types"] = ["DownEncoderBlock2D"] * levels

@@ -1,9 +1,9 @@
 """From published names to our weights: a plan with every fault in it, then one weight at a time.
 
-In: a `Source` of tensors in any known format, a part's name, a `FluxConfig`. Out: `Plan`, which says for each of our
-weights the tensors that make it, and `read_weight`, which builds one. Coverage is an error both ways: every tensor of
-the source is used or on a list of ignored names, every weight of the part is filled once, shapes and dtypes fit; one
-report has all faults.
+In: a `Source` of tensors in any known format, a component's name, a `FluxConfig`. Out: `WeightMap`, which says for each
+of our weights the tensors that make it, and `read_weight`, which builds one. Coverage is an error both ways: every
+tensor of the source is used or on a list of ignored names, every weight of the component is filled once, shapes and
+dtypes fit; one report has all faults.
 """
 
 import re
@@ -19,7 +19,7 @@ from convert.rules import FORMATS, Format, Rule
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.io.safetensors import FLOATS, Source
-from flux_jax.models.params import abstract_part, assemble, leaf_table
+from flux_jax.models.params import abstract_component, assemble, leaf_table
 
 SHOWN = 40  # faults printed before "and N more"
 
@@ -45,16 +45,16 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a source becomes a part. `faults` is empty when it can be carried out."""
+class WeightMap:
+    """How a source becomes a component. `faults` is empty when it can be carried out."""
 
-    part: str
+    component: str
     format: Format
     weights: dict[str, Weight]
     faults: list[str]
 
 
-def report(faults: Iterable[str], what: str) -> UserError:
+def conversion_error(faults: Iterable[str], what: str) -> UserError:
     """One error with all faults, exit code 2."""
     faults = list(faults)
     lines = [f"  - {fault}" for fault in faults[:SHOWN]]
@@ -63,14 +63,14 @@ def report(faults: Iterable[str], what: str) -> UserError:
     return UserError(f"{what}: {len(faults)} fault{'s' if len(faults) != 1 else ''}\n" + "\n".join(lines))
 
 
-def detect(part: str, names: Iterable[str]) -> Format | None:
+def detect(component: str, names: Iterable[str]) -> Format | None:
     """The format whose mark is in one of the names."""
     names = list(names)
-    return next((f for f in FORMATS[part] if any(f.mark in name for name in names)), None)
+    return next((f for f in FORMATS[component] if any(f.mark in name for name in names)), None)
 
 
-def expected(part: str, fmt: Format, config: FluxConfig, table: dict[str, tuple[int, ...]]) -> dict[str, Weight]:
-    """Each weight of the part with the tensors that hold it in `fmt`. Raises KeyError if the rules miss one of our
+def expected(component: str, fmt: Format, config: FluxConfig, table: dict[str, tuple[int, ...]]) -> dict[str, Weight]:
+    """Each weight of the component with the tensors that hold it in `fmt`. Raises KeyError if the rules miss one of our
     weights.
     """
     rules = [(re.compile(re.escape(r.target).replace(r"\*", r"(\d+)") + r"\.(weight|bias)"), r) for r in fmt.rules]
@@ -103,14 +103,14 @@ def _pieces(names: list[str], shape: tuple[int, ...], rule: Rule, kind: str) -> 
     return tuple(pieces)
 
 
-def make_plan(part: str, config: FluxConfig, source: Source) -> Plan:
-    """Compares the source's names, shapes and dtypes with what the part needs; reads headers only."""
-    fmt = detect(part, source.entries)
+def map_weights(component: str, config: FluxConfig, source: Source) -> WeightMap:
+    """Compares the source's names, shapes and dtypes with what the component needs; reads headers only."""
+    fmt = detect(component, source.entries)
     if fmt is None:
-        known = ", ".join(f.name for f in FORMATS[part])
-        unknown = f"{source.where}: holds no weights of the {part} in a known format ({known})"
-        return Plan(part, FORMATS[part][0], {}, source.faults or [unknown])
-    weights = expected(part, fmt, config, leaf_table(abstract_part(part, config)))
+        known = ", ".join(f.name for f in FORMATS[component])
+        unknown = f"{source.where}: holds no weights of the {component} in a known format ({known})"
+        return WeightMap(component, FORMATS[component][0], {}, source.faults or [unknown])
+    weights = expected(component, fmt, config, leaf_table(abstract_component(component, config)))
     renamed, faults = _normal_names(source, fmt)
     needed = {piece.name: piece.shape for weight in weights.values() for piece in weight.pieces}
     for name, shape in needed.items():
@@ -129,7 +129,7 @@ def make_plan(part: str, config: FluxConfig, source: Source) -> Plan:
         if name not in needed
     ]
     located = {path: _located(weight, renamed) for path, weight in weights.items()}
-    return Plan(part, fmt, located, source.faults + faults)
+    return WeightMap(component, fmt, located, source.faults + faults)
 
 
 def _located(weight: Weight, renamed: dict[str, str]) -> Weight:
@@ -170,12 +170,13 @@ def read_weight(source: Source, weight: Weight, dtype: Any = None) -> np.ndarray
     return out
 
 
-def load_module(part: str, config: FluxConfig, tensors: Mapping[str, Any], dtype=jnp.float32) -> nnx.Module:
-    """A part of the model from tensors in any known format. Raises UserError with all faults."""
+def load_module(component: str, config: FluxConfig, tensors: Mapping[str, Any], dtype=jnp.float32) -> nnx.Module:
+    """A component of the model from tensors in any known format. Raises UserError with all faults."""
     source = Source.from_arrays(tensors)
-    plan = make_plan(part, config, source)
+    plan = map_weights(component, config, source)
     if plan.faults:
-        raise report(plan.faults, f"these tensors are not a {part} of this configuration")
+        raise conversion_error(plan.faults, f"these tensors are not a {component} of this configuration")
     return assemble(
-        abstract_part(part, config), lambda names: {n: read_weight(source, plan.weights[n], dtype) for n in names}
+        abstract_component(component, config),
+        lambda names: {n: read_weight(source, plan.weights[n], dtype) for n in names},
     )

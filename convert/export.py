@@ -1,6 +1,6 @@
 """A checkpoint written back as a diffusers folder, which diffusers' FluxPipeline.from_pretrained loads.
 
-In: a checkpoint, a folder name. Out: model_index.json, scheduler/, tokenizers, and per part a config.json and one
+In: a checkpoint, a folder name. Out: model_index.json, scheduler/, tokenizers, and per component a config.json and one
 .safetensors file with the published names, in the checkpoint's dtype. Weights go through one at a time. Ternary weights
 are multiplied out, codes * scale, since diffusers has no place for packed ones: it then computes what this package
 does with activations in full precision, up to the rounding of the products to the checkpoint's dtype.
@@ -24,7 +24,7 @@ from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.errors import UserError
 from flux_jax.io.atomic import begin, disk_is_full, publish, working_name
 from flux_jax.io.safetensors import FLOATS
-from flux_jax.models.params import PARTS, abstract_part, leaf_table
+from flux_jax.models.params import COMPONENTS, abstract_component, leaf_table
 
 CLASSES = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -45,18 +45,18 @@ NAMES = {np.dtype(dtype): name for name, dtype in FLOATS.items()}
 
 
 def export(name: str | Path, out: Path, *, quiet: bool = False) -> None:
-    """Writes the folder `out`, whole or not at all. UserError where it exists or the checkpoint lacks a part."""
+    """Writes the folder `out`, whole or not at all. UserError where it exists or the checkpoint lacks a component."""
     checkpoint = Checkpoint.open(name)
     if out.exists():
         raise UserError(f"{out} exists already: choose another name")
-    if missing := PARTS.keys() - set(checkpoint.parts):
+    if missing := COMPONENTS.keys() - set(checkpoint.components):
         raise UserError(f"{checkpoint.directory} has no {', '.join(sorted(missing))}: diffusers needs every part")
     working = working_name(out)
     begin(working)
     try:
         _write_small(checkpoint, working)
-        for part, folder in configs.FOLDERS.items():
-            _write_part(checkpoint, part, working / folder / WEIGHTS[part], quiet)
+        for component, folder in configs.FOLDERS.items():
+            _write_component(checkpoint, component, working / folder / WEIGHTS[component], quiet)
         publish(working, out)
     except OSError as error:
         reason = "the disk is full" if disk_is_full(error) else error.strerror or str(error)
@@ -75,10 +75,10 @@ def _write_small(checkpoint: Checkpoint, working: Path) -> None:
     index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0", configs.EXTRA: extra, **CLASSES}
     _write_json(working / "model_index.json", index)
     _write_json(working / "scheduler" / "scheduler_config.json", configs.scheduler_json(config.sampling))
-    for part, folder in configs.FOLDERS.items():
-        _write_json(working / folder / "config.json", configs.published(part, config))
-    for part, (folder, _) in TOKENIZER_FOLDERS.items():
-        shutil.copytree(checkpoint.tokenizers / part, working / folder)
+    for component, folder in configs.FOLDERS.items():
+        _write_json(working / folder / "config.json", configs.published(component, config))
+    for component, (folder, _) in TOKENIZER_FOLDERS.items():
+        shutil.copytree(checkpoint.tokenizers / component, working / folder)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
@@ -86,18 +86,18 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _write_part(checkpoint: Checkpoint, part: str, file: Path, quiet: bool) -> None:
+def _write_component(checkpoint: Checkpoint, component: str, file: Path, quiet: bool) -> None:
     """One safetensors file: header first, all shapes being known, then each weight's pieces in that order."""
     from tqdm import tqdm
 
-    fmt, table = FORMATS[part][0], dense_table(checkpoint, part)
-    weights = expected(part, fmt, checkpoint.config, leaf_table(abstract_part(part, checkpoint.config)))
+    fmt, table = FORMATS[component][0], dense_table(checkpoint, component)
+    weights = expected(component, fmt, checkpoint.config, leaf_table(abstract_component(component, checkpoint.config)))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for path, weight in weights.items():
         if path not in table or table[path][1] != weight.shape or table[path][0] not in NAMES:
             raise UserError(
-                f"{checkpoint.directory}: {path} of the {part} is missing, or not of shape {list(weight.shape)}"
+                f"{checkpoint.directory}: {path} of the {component} is missing, or not of shape {list(weight.shape)}"
             )
         for piece in weight.pieces:
             size = math.prod(piece.shape) * table[path][0].itemsize
@@ -110,10 +110,10 @@ def _write_part(checkpoint: Checkpoint, part: str, file: Path, quiet: bool) -> N
     text += b" " * (-len(text) % 8)
     with (
         open(file, "wb") as f,
-        tqdm(total=offset, unit="B", unit_scale=True, file=sys.stderr, desc=part, disable=quiet) as bar,
+        tqdm(total=offset, unit="B", unit_scale=True, file=sys.stderr, desc=component, disable=quiet) as bar,
     ):
         f.write(len(text).to_bytes(8, "little") + text)
-        for path, value in dense_stream(checkpoint, part, weights):
+        for path, value in dense_stream(checkpoint, component, weights):
             for piece in _pieces(weights[path], value):
                 f.write(memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
                 bar.update(piece.nbytes)

@@ -25,12 +25,12 @@ def is_hub_name(source: str) -> bool:
     return bool(NAME.fullmatch(source)) and not Path(source).exists() and not source.endswith(".safetensors")
 
 
-def wanted_files(names: Iterable[str], parts: Iterable[str]) -> list[str]:
+def wanted_files(names: Iterable[str], components: Iterable[str]) -> list[str]:
     """The files of a diffusers repository that the converter reads: never the single-file layout beside it, never a
     second precision ("fp16" variants) of the same weights.
     """
-    folders = {FOLDERS[part] for part in parts}
-    folders |= {TOKENIZER_FOLDERS[part][0] for part in parts if part in TOKENIZER_FOLDERS}
+    folders = {FOLDERS[component] for component in components}
+    folders |= {TOKENIZER_FOLDERS[component][0] for component in components if component in TOKENIZER_FOLDERS}
     chosen = []
     for name in sorted(names):
         folder, _, file = name.rpartition("/")
@@ -44,7 +44,7 @@ def wanted_files(names: Iterable[str], parts: Iterable[str]) -> list[str]:
     return chosen
 
 
-def fetch(repo: str, parts: Iterable[str]) -> Path:
+def fetch(repo: str, components: Iterable[str]) -> Path:
     """The folder of the model, downloaded where it is not in the hub's cache yet."""
     import huggingface_hub
     from huggingface_hub import errors
@@ -53,7 +53,7 @@ def fetch(repo: str, parts: Iterable[str]) -> Path:
     try:
         info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        files = wanted_files(sizes, parts)
+        files = wanted_files(sizes, components)
         if "model_index.json" not in files:
             raise UserError(
                 f"{url} is no diffusers repository (no model_index.json): download its file and give its path", 3

@@ -27,7 +27,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Format:
-    """One published layout of one part. It is this one when a name contains `mark`."""
+    """One published layout of one component. It is this one when a name contains `mark`."""
 
     name: str
     mark: str

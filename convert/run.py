@@ -1,9 +1,9 @@
 """Converts a model weight by weight into a checkpoint that appears whole or not at all.
 
-In: a `Model` (paths, configs) or a checkpoint, a name for the new checkpoint, the `Form` of its weights. Out: the
-checkpoint. Everything that headers can show is checked before the first weight is read, and reported at once. Memory:
-the largest source tensor, in the source's dtype and in the target's, what `flux_jax.checkpoints.orbax_writer` holds,
-for a checkpoint what is read of it at a time, and fixed overhead.
+In: a `Model` (paths, configs) or a checkpoint, a name for the new checkpoint, the `WeightFormat` of its weights. Out:
+the checkpoint. Everything that headers can show is checked before the first weight is read, and reported at once.
+Memory: the largest source tensor, in the source's dtype and in the target's, what `flux_jax.checkpoints.orbax_writer`
+holds, for a checkpoint what is read of it at a time, and fixed overhead.
 """
 
 import hashlib
@@ -15,38 +15,40 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.engine import Plan, make_plan, read_weight, report
+from convert.engine import WeightMap, conversion_error, map_weights, read_weight
 from convert.sources import Model, licence_files
-from convert.weight_format import Form
+from convert.weight_format import WeightFormat
 from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.checkpoints.manifest import MANIFEST, TOKENIZERS
 from flux_jax.checkpoints.tokenizers import Tokenizers, ensure_tokenizer_json
-from flux_jax.checkpoints.writer import Writer
+from flux_jax.checkpoints.writer import CheckpointWriter
 from flux_jax.errors import UserError
 from flux_jax.io.safetensors import Source
 
 MARGIN = 1.01  # of disk space beyond the weights, for the files around them
 HASH_BLOCK = 2**22
-BFLOAT16 = Form()
+BFLOAT16 = WeightFormat()
 
 
 def convert(
-    model: Model, out: Path, *, form: Form = BFLOAT16, overwrite: bool = False, quiet: bool = False
+    model: Model, out: Path, *, form: WeightFormat = BFLOAT16, overwrite: bool = False, quiet: bool = False
 ) -> list[str]:
     """Writes the checkpoint `out`; returns warnings (weights with NaN or infinity). UserError with all faults."""
-    sources = {part: Source.from_path(path) for part, path in model.paths.items()}
-    plans = {part: make_plan(part, model.config, source) for part, source in sources.items()}
-    if faults := [f"{part}: {fault}" for part, plan in plans.items() for fault in plan.faults]:
-        raise report(faults, f"{model.origin} cannot be converted")
-    shapes = {part: {path: weight.shape for path, weight in plan.weights.items()} for part, plan in plans.items()}
-    with Writer(out, overwrite=overwrite) as writer:
+    sources = {component: Source.from_path(path) for component, path in model.paths.items()}
+    plans = {component: map_weights(component, model.config, source) for component, source in sources.items()}
+    if faults := [f"{component}: {fault}" for component, plan in plans.items() for fault in plan.faults]:
+        raise conversion_error(faults, f"{model.origin} cannot be converted")
+    shapes = {
+        component: {path: weight.shape for path, weight in plan.weights.items()} for component, plan in plans.items()
+    }
+    with CheckpointWriter(out, overwrite=overwrite) as writer:
         _check_space(out, _size(shapes, form))
         tokenizers = _tokenizers(model, writer.working / TOKENIZERS)
         hashes = Hashes(file for source in sources.values() for file in source.files)
         warnings = []
         with _progress(_size(shapes, form), quiet) as bar:
-            for part, plan in plans.items():
-                warnings += _write(writer, part, _weights(plan, sources[part], form), form, bar)
+            for component, plan in plans.items():
+                warnings += _write(writer, component, _weights(plan, sources[component], form), form, bar)
             bar.set_description("hashing")
             sha256 = hashes.result()
         names = {file: _relative(file, model) for file in sha256}
@@ -65,8 +67,8 @@ def rewrite(
     name: str,
     out: Path,
     *,
-    form: Form,
-    parts: Iterable[str] | None = None,
+    form: WeightFormat,
+    components: Iterable[str] | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> list[str]:
@@ -75,50 +77,54 @@ def rewrite(
     stored = Checkpoint.open(name)
     if stored.quantization is not None:
         raise UserError(f"{stored.directory} has ternary weights already")
-    shapes = {part: {n: shape for n, (_, shape) in stored.table(part).items()} for part in parts or stored.parts}
+    shapes = {
+        component: {n: shape for n, (_, shape) in stored.table(component).items()}
+        for component in components or stored.components
+    }
     if "transformer" not in shapes:
         raise UserError(f"{stored.directory} has no transformer to round")
-    with Writer(out, overwrite=overwrite) as writer:
+    with CheckpointWriter(out, overwrite=overwrite) as writer:
         _check_space(out, _size(shapes, form))
         warnings = []
         with _progress(_size(shapes, form), quiet) as bar:
-            for part, table in shapes.items():
-                weights = ((n, value, stored.directory.name) for n, value in stored.stream(part, table))
-                warnings += _write(writer, part, weights, form, bar)
-        digest = hashlib.sha256((stored.directory / MANIFEST).read_bytes()).hexdigest()
+            for component, table in shapes.items():
+                weights = ((n, value, stored.directory.name) for n, value in stored.stream(component, table))
+                warnings += _write(writer, component, weights, form, bar)
         writer.finish(
             stored.config,
             tokenizers=None if stored.manifest["tokenizers"] is None else stored.tokenizers,
             quantization=form.quantization,
-            source={"from": stored.directory.name, "sha256": {MANIFEST: digest}},
+            source={"from": stored.directory.name, "sha256": {MANIFEST: stored.digest}},
             licence=stored.manifest.get("licence"),
             files=licence_files(stored.directory),
         )
     return warnings
 
 
-def _size(shapes: dict[str, dict[str, tuple[int, ...]]], form: Form) -> int:
+def _size(shapes: dict[str, dict[str, tuple[int, ...]]], form: WeightFormat) -> int:
     return sum(form.nbytes(name, shape) for table in shapes.values() for name, shape in table.items())
 
 
-def _weights(plan: Plan, source: Source, form: Form) -> Iterable[tuple[str, np.ndarray, str]]:
+def _weights(plan: WeightMap, source: Source, form: WeightFormat) -> Iterable[tuple[str, np.ndarray, str]]:
     """Name, value, names in the source; what is to be rounded keeps the source's precision until then."""
     for path, weight in plan.weights.items():
         value = read_weight(source, weight, None if form.rounds(path) else form.dtype)
         yield path, value, ", ".join(piece.name for piece in weight.pieces)
 
 
-def _write(writer: Writer, part: str, weights: Iterable[tuple[str, np.ndarray, str]], form: Form, bar) -> list[str]:
-    """Adds a part to the checkpoint; returns its warnings."""
+def _write(
+    writer: CheckpointWriter, component: str, weights: Iterable[tuple[str, np.ndarray, str]], form: WeightFormat, bar
+) -> list[str]:
+    """Adds a component to the checkpoint; returns its warnings."""
     warnings = []
-    bar.set_description(part)
+    bar.set_description(component)
     for name, value, origin in weights:
         if not finite(value):
             if form.rounds(name):
                 raise UserError(f"NaN or infinity in {name} ({origin}), which cannot be rounded to ternary")
-            warnings.append(f"{part}: NaN or infinity in {name} ({origin})")
+            warnings.append(f"{component}: NaN or infinity in {name} ({origin})")
         for stored, array in form.arrays(name, value):
-            writer.add(part, stored, array)
+            writer.add(component, stored, array)
             bar.update(array.nbytes)
     return warnings
 
@@ -143,15 +149,15 @@ def _check_space(out: Path, total: int) -> None:
 def _tokenizers(model: Model, folder: Path) -> Path | None:
     if not model.tokenizers:
         return None
-    for part, source in model.tokenizers.items():
-        ensure_tokenizer_json(source, folder / part)
+    for component, source in model.tokenizers.items():
+        ensure_tokenizer_json(source, folder / component)
     if {"t5", "clip"} <= model.paths.keys():
         Tokenizers.load(folder, model.config)  # do they belong to these text encoders?
     return folder
 
 
 def _relative(file: Path, model: Model) -> str:
-    """The file's name in the record: with its folder's, so that shards of two parts differ."""
+    """The file's name in the record: with its folder's, so that shards of two components differ."""
     parent = next((p for p in model.paths.values() if p == file.parent), None)
     return file.name if parent is None else f"{parent.name}/{file.name}"
 

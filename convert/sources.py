@@ -1,7 +1,7 @@
-"""Where the parts of a model lie: a diffusers folder, or a single file with the other parts named by options.
+"""Where the components of a model lie: a diffusers folder, or a single file with the other components named by options.
 
-In: paths from the command line. Out: `Model`: the `FluxConfig`, a path per part, the tokenizers' folders, the licence.
-Only small JSON files and headers are read here.
+In: paths from the command line. Out: `Model`: the `FluxConfig`, a path per component, the tokenizers' folders, the
+licence. Only small JSON files and headers are read here.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flux_jax.checkpoints.checkpoint import MANIFEST
 from flux_jax.config import FluxConfig, TransformerConfig
 from flux_jax.errors import UserError
 from flux_jax.io.safetensors import Source
-from flux_jax.models.params import PARTS
+from flux_jax.models.params import COMPONENTS
 
 TOKENIZER_FOLDERS = {"t5": ("tokenizer_2", "t5"), "clip": ("tokenizer", "clip")}
 LICENCES = {True: "LicenseRef-FLUX-1-dev-Non-Commercial", False: "Apache-2.0"}  # by guidance, for FLUX.1's own sizes
@@ -24,7 +24,7 @@ LICENCE_FILES = ("LICENSE.md", "LICENSE", "LICENSE.txt", "NOTICE")
 
 @dataclass(frozen=True)
 class Model:
-    """What is to be converted. paths: part -> file or folder of weights; tokenizers: "t5", "clip" -> folder."""
+    """What is to be converted. paths: component -> file or folder of weights; tokenizers: "t5", "clip" -> folder."""
 
     config: FluxConfig
     paths: dict[str, Path]
@@ -39,16 +39,16 @@ def find(
     *,
     options: Mapping[str, Path] | None = None,
     tokenizers: Path | None = None,
-    parts: Iterable[str] | None = None,
+    components: Iterable[str] | None = None,
     config: Path | None = None,
     origin: str | None = None,
 ) -> Model:
-    """The model behind SOURCE. options: part -> path, instead of what SOURCE holds; parts: only these; config: a JSON
-    file that overrules every config found. UserError (exit code 3 where SOURCE does not exist).
+    """The model behind SOURCE. options: component -> path, instead of what SOURCE holds; components: only these;
+    config: a JSON file that overrules every config found. UserError (exit code 3 where SOURCE does not exist).
     """
     if not source.exists():
         raise UserError(f"no such file or folder: {source}", 3)
-    wanted = tuple(PARTS) if parts is None else tuple(parts)
+    wanted = tuple(COMPONENTS) if components is None else tuple(components)
     index: dict[str, Any] = {}
     paths = dict(options or {})
     if source.is_file():
@@ -57,7 +57,7 @@ def find(
         paths.setdefault("transformer", source)
     elif (source / "model_index.json").is_file():
         index = configs.read_json(source / "model_index.json")
-        paths = {part: source / folder for part, folder in configs.FOLDERS.items()} | paths
+        paths = {component: source / folder for component, folder in configs.FOLDERS.items()} | paths
         tokenizers = tokenizers or source
     elif (source / MANIFEST).is_file():
         raise UserError(
@@ -65,10 +65,10 @@ def find(
         )
     else:
         raise UserError(f"{source} is no diffusers folder (no model_index.json) and no .safetensors file")
-    if lacking := [part for part in wanted if part not in paths]:
-        flags = " ".join(f"--{part} PATH" for part in lacking)
+    if lacking := [component for component in wanted if component not in paths]:
+        flags = " ".join(f"--{component} PATH" for component in lacking)
         raise UserError(f"{source} holds only {', '.join(paths)}: give {flags}, or --parts with what you want")
-    paths = {part: paths[part] for part in wanted}
+    paths = {component: paths[component] for component in wanted}
     if absent := [str(path) for path in paths.values() if not path.exists()]:
         raise UserError(f"missing: {', '.join(absent)}: copy or download the whole model again")
     folders = {} if tokenizers is None else _tokenizer_folders(tokenizers)
@@ -87,11 +87,11 @@ def licence_files(folder: Path) -> dict[str, bytes]:
 
 def _tokenizer_folders(root: Path) -> dict[str, Path]:
     found = {}
-    for part, names in TOKENIZER_FOLDERS.items():
+    for component, names in TOKENIZER_FOLDERS.items():
         folder = next((root / name for name in names if (root / name).is_dir()), None)
         if folder is None:
             raise UserError(f"{root} holds no tokenizer folder {' or '.join(names)}: download the tokenizers too")
-        found[part] = folder
+        found[component] = folder
     return found
 
 
@@ -104,14 +104,15 @@ def _given(path: Path) -> FluxConfig:
 
 
 def _config(source: Path, index: Mapping[str, Any], paths: Mapping[str, Path]) -> FluxConfig:
-    """Every part's section from the config beside its weights; parts without one, or left out, as in FLUX.1."""
+    """Every component's section from the config beside its weights; components without one, or left out, as in
+    FLUX.1."""
     sections: dict[str, Any] = {}
-    for part, path in paths.items():
+    for component, path in paths.items():
         file = (path if path.is_dir() else path.parent) / "config.json"
-        if part == "transformer" and path.is_file():
-            sections[part] = configs.transformer_of(Source.from_path(path))
+        if component == "transformer" and path.is_file():
+            sections[component] = configs.transformer_of(Source.from_path(path))
         elif file.is_file() or path.is_dir():
-            sections[part] = configs.section(part, configs.read_json(file), str(file))
+            sections[component] = configs.section(component, configs.read_json(file), str(file))
     config = dataclasses.replace(FluxConfig(), **sections)
     scheduler = source / "scheduler" / "scheduler_config.json"
     schedule = configs.read_json(scheduler) if scheduler.is_file() else None

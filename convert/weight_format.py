@@ -22,7 +22,7 @@ WARNING = "the weights were rounded, not distilled: fit for benchmarks, but pict
 
 
 @dataclass(frozen=True)
-class Form:
+class WeightFormat:
     """`dtype` of floating weights; `ternary`: the method of `flux_jax.models.quantize.ternarize`, or None to round
     nothing."""
 
@@ -60,9 +60,9 @@ class Form:
         return {"layout": LAYOUT_VERSION, "method": self.ternary, "distilled": False, "activations": "bf16"}
 
 
-def dense_table(checkpoint: Checkpoint, part: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+def dense_table(checkpoint: Checkpoint, component: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """`Checkpoint.table` as if no weight were ternary: those that are get the dtype of their layer's bias."""
-    table, ternary = checkpoint.table(part), _ternary(checkpoint, part)
+    table, ternary = checkpoint.table(component), _ternary(checkpoint, component)
     kept = {
         name: row for name, row in table.items() if name.rpartition(".")[0] not in ternary or name.endswith(".bias")
     }
@@ -70,15 +70,15 @@ def dense_table(checkpoint: Checkpoint, part: str) -> dict[str, tuple[np.dtype, 
     return kept | dense
 
 
-def dense_stream(checkpoint: Checkpoint, part: str, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+def dense_stream(checkpoint: Checkpoint, component: str, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
     """`Checkpoint.stream` with ternary weights multiplied out: codes * scale, rounded to the dtype of `dense_table`."""
-    ternary, table = _ternary(checkpoint, part), dense_table(checkpoint, part)
+    ternary, table = _ternary(checkpoint, component), dense_table(checkpoint, component)
     paths = {name: name.removesuffix(".weight") for name in names}
     stored = [
         [f"{path}.packed", f"{path}.scale"] if path != name and path in ternary else [name]
         for name, path in paths.items()
     ]
-    values = checkpoint.stream(part, [name for each in stored for name in each])
+    values = checkpoint.stream(component, [name for each in stored for name in each])
     for name, each in zip(paths, stored, strict=True):
         value = next(values)[1]
         if len(each) == 2:
@@ -86,8 +86,10 @@ def dense_stream(checkpoint: Checkpoint, part: str, names: Iterable[str]) -> Ite
         yield name, value
 
 
-def _ternary(checkpoint: Checkpoint, part: str) -> Mapping[str, tuple[int, int]]:
-    return ternary_paths(checkpoint.config) if checkpoint.quantization is not None and part == "transformer" else {}
+def _ternary(checkpoint: Checkpoint, component: str) -> Mapping[str, tuple[int, int]]:
+    return (
+        ternary_paths(checkpoint.config) if checkpoint.quantization is not None and component == "transformer" else {}
+    )
 
 
 def _dense(packed: np.ndarray, scale: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

@@ -15,6 +15,9 @@ from flux_jax.errors import UserError
 MAX_EDGE = 16_384  # pixels
 MAX_IMAGE_TOKENS = 65_536  # 4096 x 4096 pixels of FLUX; its attention is quadratic in this
 MAX_STEPS = 1000  # the training schedule has no more noise levels
+ACTIVATIONS = ("bf16", "int8")  # of ternary layers; the same as `pallas_kernels.dispatch.ACTIVATIONS`, without JAX
+# none: all components stay on the device. model: each is there while it works. layers: so, and T5 one layer at a time.
+OFFLOAD_MODES = ("none", "model", "layers")
 MESH_AXES = ("data", "model")  # pictures side by side; one transformer over several devices
 SEED_LIMIT = 2**32  # what a 32-bit random key distinguishes
 

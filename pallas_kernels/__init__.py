@@ -6,12 +6,14 @@ reference       its XLA backend, for every device
 triton          its Triton backend, for NVIDIA GPUs of compute capability 8.0 and up
 triton_rows     rows of tokens rounded to int8, on the same GPUs: after a norm, or joined
 fused           products and norms with what stands before and behind them in one kernel, for inference
-settings        which backend and which tiles, for which device and shape
+epilogues       what a product ends with, inside its kernel
+dispatch        which backend, for which device
+tiling          which tiles, for which device and shape
 """
 
+from pallas_kernels.dispatch import Target, compiling_for, current_target, supported
 from pallas_kernels.packing import LAYOUT_VERSION, pack_ternary, packed_width, unpack_ternary, validate
 from pallas_kernels.reference import quantize_rows
-from pallas_kernels.settings import Target, compiling_for, current_target, supported
 from pallas_kernels.ternary_matmul import ternary_matmul
 
 __all__ = [

@@ -7,85 +7,23 @@ twin here, which runs on any device; `pallas_kernels.triton` holds the kernels.
 """
 
 import dataclasses
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int8, Num, UInt8
 
 from pallas_kernels import reference
+from pallas_kernels.dispatch import Target, choose_implementation, current_target
+from pallas_kernels.epilogues import EPS, Epilogue, GeluQuantize, NormRope, epilogue_name, finish
 from pallas_kernels.packing import check_packed
-from pallas_kernels.settings import EPILOGUES, Settings, Target, choose, choose_settings, current_target
-
-EPS = 1e-6  # of FLUX's norms
+from pallas_kernels.tiling import TileConfig, choose_tiles
 
 
-class GatedResidual(NamedTuple):
-    """residual + gate * y: the way back into the residual stream, behind proj, mlp_out and linear2."""
-
-    gate: Float[Array, " n"]
-    residual: Float[Array, "m n"]
-
-
-class Gelu(NamedTuple):
-    """gelu(y): the hidden layer of an MLP. tanh's form of GELU."""
-
-
-class GeluQuantize(NamedTuple):
-    """gelu(y) / step, rounded to int8: the hidden layer of an MLP, ready for the next product.
-
-    `step` is one number for the whole layer, calibrated in advance: the largest value of a row is not known to a kernel
-    that sees a part of its channels.
-    """
-
-    step: Float32[Array, ""]
-
-
-class NormRotary(NamedTuple):
-    """RMSNorm and rotary embedding of every head, behind the channels of the queries, or of the keys.
-
-    weight: the norm's [h]; rope: cosines and sines [2, m, h / 2].
-    """
-
-    weight: Float[Array, " h"]
-    rope: Float32[Array, "2 m half"]
-
-
-Epilogue = GatedResidual | Gelu | GeluQuantize | NormRotary
-KINDS = dict(zip(EPILOGUES, (type(None), GatedResidual, Gelu, GeluQuantize, NormRotary), strict=True))
-
-
-def epilogue_name(epilogue: Epilogue | None) -> str:
-    """As the table of tuned settings calls it, one of `settings.EPILOGUES`."""
-    return next(name for name, kind in KINDS.items() if isinstance(epilogue, kind))
-
-
-def finish(y: Float32[Array, "m n"], epilogue: Epilogue | None) -> Float32[Array, "m n"]:
-    """The epilogue in plain JAX; whole numbers in -127..127 from GeluQuantize."""
-    match epilogue:
-        case None:
-            return y
-        case GatedResidual(gate, residual):
-            return residual.astype(jnp.float32) + gate.astype(jnp.float32)[None] * y
-        case Gelu():
-            return jax.nn.gelu(y, approximate=True)
-        case GeluQuantize(step):
-            return jnp.clip(jnp.round(jax.nn.gelu(y, approximate=True) / step), -127, 127)
-        case NormRotary(weight, rope):
-            heads = y.reshape(len(y), -1, len(weight))
-            norm = lax.rsqrt(jnp.square(heads).mean(-1, keepdims=True) + EPS)
-            heads = heads * norm * weight.astype(jnp.float32)[None, None]
-            even, odd = jnp.unstack(heads.reshape(*heads.shape[:-1], -1, 2), axis=-1)
-            cos, sin = rope[:, :, None]
-            return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(y.shape)
-
-
-def epilogue_settings(target: Target, m: int, n: int, k: int, operand: str, epilogue: Epilogue | None) -> Settings:
-    """The tile that a product gets with an epilogue: as chosen for it, and one head wide for NormRotary."""
-    settings = choose_settings(target, m, n, k, operand, epilogue_name(epilogue))
-    if isinstance(epilogue, NormRotary):
+def epilogue_tiles(target: Target, m: int, n: int, k: int, operand: str, epilogue: Epilogue | None) -> TileConfig:
+    """The tile that a product gets with an epilogue: as chosen for it, and one head wide for NormRope."""
+    settings = choose_tiles(target, m, n, k, operand, epilogue_name(epilogue))
+    if isinstance(epilogue, NormRope):
         return dataclasses.replace(settings, block_n=len(epilogue.weight))
     return settings
 
@@ -99,7 +37,7 @@ def norm_modulate_quantize(
     ValueError for an unsupported implementation.
     """
     target = current_target()
-    if choose(implementation, target, len(x), "int8") == "triton":
+    if choose_implementation(implementation, target, len(x), "int8") == "triton":
         from pallas_kernels import triton_rows
 
         return triton_rows.norm_modulate_quantize(x, shift, scale, interpret=target.platform == "interpret")
@@ -119,7 +57,7 @@ def concatenate_quantize(
     ValueError for an unsupported implementation.
     """
     target = current_target()
-    if choose(implementation, target, len(parts[0]), "int8") == "triton":
+    if choose_implementation(implementation, target, len(parts[0]), "int8") == "triton":
         from pallas_kernels import triton_rows
 
         return triton_rows.concatenate_quantize(*parts, interpret=target.platform == "interpret")
@@ -151,12 +89,12 @@ def fused_matmul(
     out_dtype = jnp.int8 if isinstance(epilogue, GeluQuantize) else out_dtype
     if x.shape[1] != k:
         x = jnp.pad(x, ((0, 0), (0, k - x.shape[1])))
-    if choose(implementation, target, len(x), x.dtype.name) == "triton":
+    if choose_implementation(implementation, target, len(x), x.dtype.name) == "triton":
         from pallas_kernels import triton
 
-        head = len(epilogue.weight) if isinstance(epilogue, NormRotary) else 16
+        head = len(epilogue.weight) if isinstance(epilogue, NormRope) else 16
         inside = epilogue if head >= 16 and head & (head - 1) == 0 else None  # no tile has another head's width
-        settings = epilogue_settings(target, len(x), last - first, k, x.dtype.name, inside)
+        settings = epilogue_tiles(target, len(x), last - first, k, x.dtype.name, inside)
         y = triton.matmul(
             x,
             row_scale,

@@ -16,15 +16,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import reference
+from pallas_kernels.dispatch import ACTIVATIONS, choose_implementation, current_target
 from pallas_kernels.packing import AnyArray, check_packed, has_values, unpack_ternary
-from pallas_kernels.settings import ACTIVATIONS, Settings, choose, choose_settings, current_target
+from pallas_kernels.tiling import TileConfig, choose_tiles
 
 
-class Plan(NamedTuple):
+class Product(NamedTuple):
     """What is fixed when a product is traced."""
 
     activations: str
-    settings: Settings | None  # of the Triton kernel; None runs in XLA
+    settings: TileConfig | None  # of the Triton kernel; None runs in XLA
     interpret: bool
     channels: tuple[int, int] | None  # of the output, from the first up to the second; None are all
 
@@ -60,13 +61,15 @@ def ternary_matmul(
     return _compiled(plan, *_vary_alike(arrays))
 
 
-def _plan(x: Any, packed: Any, activations: str, implementation: str | None, channels: tuple[int, int] | None) -> Plan:
+def _plan(
+    x: Any, packed: Any, activations: str, implementation: str | None, channels: tuple[int, int] | None
+) -> Product:
     target, (*rows, k), (first, last) = current_target(), x.shape, channels or (0, packed.shape[-2])
     m, operand = math.prod(rows), "int8" if activations == "int8" else x.dtype.name
-    if choose(implementation, target, m, operand) == "xla":
-        return Plan(activations, None, False, channels)
-    settings = choose_settings(target, m, last - first, k, operand)
-    return Plan(activations, settings, target.platform == "interpret", channels)
+    if choose_implementation(implementation, target, m, operand) == "xla":
+        return Product(activations, None, False, channels)
+    settings = choose_tiles(target, m, last - first, k, operand)
+    return Product(activations, settings, target.platform == "interpret", channels)
 
 
 def _check(x: Any, packed: Any, scale: Any, bias: Any, layer: Any, *, activations: str) -> None:
@@ -104,7 +107,7 @@ def _vary_alike(arrays: list[Any]) -> list[Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(plan: Plan, x, packed, scale, bias, layer):
+def _product(plan: Product, x, packed, scale, bias, layer):
     k, width = x.shape[-1], packed.shape[-1]
     rows = x.reshape(-1, k)
     rows, row_scale = reference.quantize_rows(rows) if plan.activations == "int8" else (rows, None)
@@ -121,11 +124,11 @@ def _product(plan: Plan, x, packed, scale, bias, layer):
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _forward(plan: Plan, x, packed, scale, bias, layer):
+def _forward(plan: Product, x, packed, scale, bias, layer):
     return _product(plan, x, packed, scale, bias, layer), (x, packed, scale, bias, layer)
 
 
-def _backward(plan: Plan, saved, dy):
+def _backward(plan: Product, saved, dy):
     x, packed, scale, bias, layer = saved
     rows = slice(*plan.channels) if plan.channels else slice(None)
 

@@ -21,9 +21,9 @@ from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num, UInt8
 
-from pallas_kernels import fused, reference
+from pallas_kernels import epilogues, reference
 from pallas_kernels.packing import PLANE, TILE
-from pallas_kernels.settings import Settings
+from pallas_kernels.tiling import TileConfig
 
 _GROUP = 8  # token tiles whose programs run side by side, so that they find each other's weights in the L2 cache
 PLANES = TILE // PLANE
@@ -123,7 +123,7 @@ def _load(ref, mask=None):
 
 
 def _matmul_kernel(
-    layer, x, row_scale, packed, scale, bias, *refs, settings: Settings, interpret: bool, finish, first: int
+    layer, x, row_scale, packed, scale, bias, *refs, settings: TileConfig, interpret: bool, finish, first: int
 ):
     """One tile of block_m tokens times block_n channels; refs lie in global memory, None where there is no operand. The
     first column of the output is channel `first`."""
@@ -164,13 +164,13 @@ def _finish(refs, values, tile: Tile, *, kind: type | None, dtype: DTypeLike, in
     `refs`. What can be done before the turn is: it takes fewer registers there."""
     if kind is None:
         return values.astype(dtype).T
-    if kind is fused.GatedResidual:
+    if kind is epilogues.GatedResidual:
         gate, residual = refs
         gated = (values * _load(gate.at[tile.columns], tile.real_columns).astype(jnp.float32)[:, None]).T
         return _load(residual.at[tile.rows, tile.columns], tile.mask).astype(jnp.float32) + gated
-    if kind is fused.Gelu:
+    if kind is epilogues.Gelu:
         return jax.nn.gelu(values, approximate=True).astype(dtype).T
-    if kind is fused.GeluQuantize:
+    if kind is epilogues.GeluQuantize:
         (step,) = refs
         steps = jnp.clip(jax.nn.gelu(values, approximate=True) / step[0], -127.0, 127.0)
         return to_int8(steps, interpret=interpret).T
@@ -178,7 +178,7 @@ def _finish(refs, values, tile: Tile, *, kind: type | None, dtype: DTypeLike, in
     weight, rope = refs
     head, half = values.T.astype(dtype), rope.shape[-1]
     square = jnp.square(head.astype(jnp.float32)).sum(-1, keepdims=True)
-    norm = lax.rsqrt(square / (2 * half) + fused.EPS)
+    norm = lax.rsqrt(square / (2 * half) + epilogues.EPS)
     head = (head.astype(jnp.float32) * norm * plt.load(weight.at[:]).astype(jnp.float32)[None]).astype(dtype)
     even, odd = (part.astype(jnp.float32) for part in lax.unstack(head.reshape(-1, half, 2), axis=-1))
     sines = pl.ds(tile.rows.start + rope.shape[0] // 2, tile.rows.size)
@@ -242,11 +242,11 @@ def matmul(
     scale: Float[Array, "*layers n"],
     bias: Float[Array, "*layers n"] | None,
     *,
-    settings: Settings,
+    settings: TileConfig,
     out_dtype: DTypeLike,
     layer: Int[Array, ""] | None = None,
     channels: tuple[int, int] | None = None,
-    epilogue: fused.Epilogue | None = None,
+    epilogue: epilogues.Epilogue | None = None,
     interpret: bool = False,
 ) -> Num[Array, "m channels"]:
     """x [m, 4 kp] times the transposed ternary weights, times their scale, plus the bias -> [m, n] in `out_dtype`.
@@ -259,15 +259,15 @@ def matmul(
     first, last = channels or (0, n)
     if k != PLANES * kp:
         raise ValueError(f"x is {list(x.shape)}: packed {list(packed.shape)} needs rows of {PLANES * kp}")
-    if isinstance(epilogue, fused.NormRotary) and settings.block_n != len(epilogue.weight):
-        raise ValueError(f"block_n is {settings.block_n}: expected {len(epilogue.weight)}, one head of NormRotary")
+    if isinstance(epilogue, epilogues.NormRope) and settings.block_n != len(epilogue.weight):
+        raise ValueError(f"block_n is {settings.block_n}: expected {len(epilogue.weight)}, one head of NormRope")
     extra = [jnp.atleast_1d(a) for a in epilogue or ()]
     extra = [a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a for a in extra]  # cosines, and then sines
     kind = None if epilogue is None else type(epilogue)
     finish = functools.partial(_finish, kind=kind, dtype=out_dtype, interpret=interpret)
     operands = [None if layer is None else layer.astype(jnp.int32)[None], x, row_scale, packed, scale, bias, *extra]
     # Each program reads its own tile of the residual and no other: a loop then needs no copy of what it carries.
-    in_place = isinstance(epilogue, fused.GatedResidual) and epilogue.residual.dtype == jnp.dtype(out_dtype)
+    in_place = isinstance(epilogue, epilogues.GatedResidual) and epilogue.residual.dtype == jnp.dtype(out_dtype)
     return launch(
         functools.partial(_matmul_kernel, settings=settings, interpret=interpret, finish=finish, first=first),
         operands,

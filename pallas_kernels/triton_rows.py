@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels import fused, reference
+from pallas_kernels import epilogues, reference
 from pallas_kernels.triton import launch, to_int8
 
 PIECE = 1024  # channels, at most
@@ -60,7 +60,7 @@ def _norm_modulate_quantize_kernel(x, shift, scale, q, row_scale, *, interpret: 
     parts = [plt.load(x.at[row, piece]).astype(jnp.float32) for piece in pieces]
     mean = total(parts) / d
     parts = [part - mean for part in parts]
-    norm = lax.rsqrt(total([part * part for part in parts]) / d + fused.EPS)
+    norm = lax.rsqrt(total([part * part for part in parts]) / d + epilogues.EPS)
 
     def modulated(part, piece):
         shift_, scale_ = (plt.load(vector.at[piece]).astype(jnp.float32) for vector in (shift, scale))

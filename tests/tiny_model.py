@@ -11,7 +11,7 @@ from flux_jax.config import CLIPConfig, FluxConfig, SamplingConfig, T5Config, Tr
 from flux_jax.models import params
 from flux_jax.nano import vocabulary
 
-PARTS = tuple(params.PARTS)
+COMPONENTS = tuple(params.COMPONENTS)
 WORDS = "a red blue green circle square triangle to the left of right and two three photo"
 
 
@@ -43,8 +43,8 @@ def modules(config: FluxConfig, seed: int = 0) -> dict:
     """Part -> module; matrices drawn at 1 / sqrt(fan in), norms near one."""
     rng = np.random.default_rng(seed)
     built = {}
-    for part in params.PARTS:
-        module = params.abstract_part(part, config)
+    for part in params.COMPONENTS:
+        module = params.abstract_component(part, config)
         shapes = params.leaf_table(module)
 
         def read(names, shapes=shapes):

@@ -5,16 +5,17 @@
     NAME/tokenizers/{t5,clip}/         the tokenizers' own files
     NAME/SHA256SUMS                    the hash of every other file (see `flux_jax.checkpoints.checksums`)
 
-In: a directory or an alias. Out: `Checkpoint`, whose `load` gives one part as an NNX module on the devices asked for.
-The arrays are stored as numpy arrays, so nothing in the files speaks of devices, and `orbax.checkpoint.v1.load` reads
-a part without this package. Version first, then each name, shape and dtype of the manifest and of Orbax's own
-metadata, and only then arrays: Orbax would cast a wrong dtype without a word.
+In: a directory or an alias. Out: `Checkpoint`, whose `load` gives one component as an NNX module on the devices asked
+for. The arrays are stored as numpy arrays, so nothing in the files speaks of devices, and `orbax.checkpoint.v1.load`
+reads a component without this package. Version first, then each name, shape and dtype of the manifest and of Orbax's
+own metadata, and only then arrays: Orbax would cast a wrong dtype without a word.
 
 In a quantized checkpoint each ternary layer of the transformer has `.packed` (uint8) and `.scale` (float32) where it
 had `.weight`, and the manifest has an entry `quantization` (see `flux_jax.checkpoints.manifest`).
 """
 
 import functools
+import hashlib
 import importlib.resources
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from flux_jax.checkpoints import integrity, sharded_restore
 from flux_jax.checkpoints.manifest import MANIFEST, inside, read_manifest, with_activations
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
-from flux_jax.models.params import Placement, abstract_part, assemble, batches, dotted, leaf_table, placement_of
+from flux_jax.models.params import Placement, abstract_component, assemble, batches, dotted, leaf_table, placement_of
 from flux_jax.models.quantize import abstract_ternary, ternary_paths
 
 READ_BYTES = 2**28  # weights held at a time by `stream`
@@ -58,7 +59,7 @@ def is_checkpoint(name: str | Path) -> bool:
 
 
 class Checkpoint:
-    """An opened checkpoint: `config`, `manifest`, and `load(part)`. Opening reads the manifest only."""
+    """An opened checkpoint: `config`, `manifest`, and `load(component)`. Opening reads the manifest only."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any], config: FluxConfig):
         self.directory, self.manifest, self.config = directory, manifest, config
@@ -79,8 +80,13 @@ class Checkpoint:
         return cls(directory, manifest, config)
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def components(self) -> tuple[str, ...]:
         return tuple(self.manifest["parts"])
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the manifest file, in hexadecimal: what a record tells this checkpoint from others by."""
+        return hashlib.sha256((self.directory / MANIFEST).read_bytes()).hexdigest()
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -99,94 +105,96 @@ class Checkpoint:
             raise UserError(f"{self.directory} has no tokenizers: convert it again with --tokenizers")
         return self.directory / self.manifest["tokenizers"]
 
-    def table(self, part: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """Name -> dtype and shape of every stored weight of a part, from the manifest."""
-        if part not in self.manifest["parts"]:
-            raise UserError(f"{self.directory} has no {part}, only {', '.join(self.parts) or 'no part at all'}")
-        rows = self.manifest["parts"][part]["weights"]
+    def table(self, component: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Name -> dtype and shape of every stored weight of a component, from the manifest."""
+        if component not in self.manifest["parts"]:
+            raise UserError(
+                f"{self.directory} has no {component}, only {', '.join(self.components) or 'no part at all'}"
+            )
+        rows = self.manifest["parts"][component]["weights"]
         try:
             return {name: (jnp.dtype(dtype), tuple(shape)) for name, (dtype, shape) in rows.items()}
         except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{self.directory / MANIFEST}: damaged table of the {part}: {error}") from None
+            raise UserError(f"{self.directory / MANIFEST}: damaged table of the {component}: {error}") from None
 
     def load(
         self,
-        part: str,
+        component: str,
         dtype: Any = None,
         sharding: Placement = None,
         *,
-        joined: sharded_restore.Joined = lambda path: (),
+        sections: sharded_restore.Sections = lambda path: (),
     ) -> nnx.Module:
-        """One part as a module. dtype: None keeps the stored one, else floating weights are converted after reading,
-        scales of ternary weights excepted.
+        """One component as a module. dtype: None keeps the stored one, else floating weights are converted after
+        reading, scales of ternary weights excepted.
 
         sharding: None (the default device), a `jax.sharding.Sharding`, a mesh to be replicated over, or a function of
         (path, shape) of each leaf. Over several devices each weight is restored straight into its shards: a process
-        reads the parts of the files that its own shards lie in. joined: as in
+        reads the parts of the files that its own shards lie in. sections: as in
         `flux_jax.checkpoints.sharded_restore.restore`.
 
         UserError where a weight is missing, unknown, or of another shape or dtype than the manifest or this version's
         module says: all of them in one message, and before any array is read; and where packed codes or their scales
         are damaged.
         """
-        table, module = self.table(part), self.abstract(part)
-        self._check(part, table, leaf_table(module))
+        table, module = self.table(component), self.abstract(component)
+        self._check(component, table, leaf_table(module))
         shapes = {dotted(path): variable.shape for path, variable in nnx.to_flat_state(nnx.state(module))}
         places = {leaf: placement_of(sharding, leaf, shape) for leaf, shape in shapes.items()}
         on_mesh = {leaf: place for leaf, place in places.items() if isinstance(place, NamedSharding)}
         if len(on_mesh) == len(places) and any(place.mesh.size > 1 for place in on_mesh.values()):
-            read = functools.partial(self._restored, part)
-            return sharded_restore.restore(module, table, read, places=on_mesh, dtype=dtype, joined=joined)
-        return assemble(module, functools.partial(self._verified, part), dtype=dtype, sharding=sharding)
+            read = functools.partial(self._restored, component)
+            return sharded_restore.restore(module, table, read, places=on_mesh, dtype=dtype, sections=sections)
+        return assemble(module, functools.partial(self._verified, component), dtype=dtype, sharding=sharding)
 
-    def abstract(self, part: str) -> nnx.Module:
+    def abstract(self, component: str) -> nnx.Module:
         """The module that `load` fills, with shapes for arrays."""
-        if self.quantization is None or part != "transformer":
-            return abstract_part(part, self.config)
+        if self.quantization is None or component != "transformer":
+            return abstract_component(component, self.config)
         return abstract_ternary(self.config, activations=self.quantization["activations"])
 
-    def read(self, part: str, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Some weights of a part by name, as stored, on the host. No other weight is read."""
-        table, names = self.table(part), set(names)
+    def read(self, component: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Some weights of a component by name, as stored, on the host. No other weight is read."""
+        table, names = self.table(component), set(names)
         if unknown := names - table.keys():
-            raise UserError(f"{self.directory} has no {part} weights {sorted(unknown)}")
-        return self._orbax_load(part, {n: np.empty(s, d) for n, (d, s) in table.items() if n in names})
+            raise UserError(f"{self.directory} has no {component} weights {sorted(unknown)}")
+        return self._orbax_load(component, {n: np.empty(s, d) for n, (d, s) in table.items() if n in names})
 
-    def _orbax_load(self, part: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    def _orbax_load(self, component: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """The named weights, each as the array or shape with sharding that is wanted; nothing else is read."""
         from orbax.checkpoint import v1 as ocp
 
-        target = {name: wanted.get(name, ocp.PLACEHOLDER) for name in self.table(part)}
-        tree = self._orbax(part, lambda path: ocp.load(path, traverse_util.unflatten_dict(target, sep=".")))
+        target = {name: wanted.get(name, ocp.PLACEHOLDER) for name in self.table(component)}
+        tree = self._orbax(component, lambda path: ocp.load(path, traverse_util.unflatten_dict(target, sep=".")))
         return {name: value for name, value in traverse_util.flatten_dict(tree, sep=".").items() if name in wanted}
 
-    def stream(self, part: str, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    def stream(self, component: str, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         """The named weights in that order, on the host, `READ_BYTES` (or one weight) at a time."""
-        size = functools.partial(integrity.stored_bytes, self.table(part))
+        size = functools.partial(integrity.stored_bytes, self.table(component))
         for batch in batches(names, size, READ_BYTES):
-            weights = self.read(part, batch)
+            weights = self.read(component, batch)
             for name in batch:
                 yield name, weights.pop(name)
 
-    def _verified(self, part: str, names: list[str]) -> dict[str, np.ndarray]:
+    def _verified(self, component: str, names: list[str]) -> dict[str, np.ndarray]:
         """`read`, and a look at what ternary layers hold."""
-        weights, ternary = self.read(part, names), self._ternary(part)
+        weights, ternary = self.read(component, names), self._ternary(component)
         for name, value in weights.items():
             self._inspect(name, value, ternary)
         return weights
 
-    def _restored(self, part: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    def _restored(self, component: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Weights restored into shardings, and a look at what this process's shards of ternary layers hold."""
-        weights, ternary = self._orbax_load(part, wanted), self._ternary(part)
+        weights, ternary = self._orbax_load(component, wanted), self._ternary(component)
         for name, array in weights.items():
             if name.rpartition(".")[0] in ternary:
                 for data in {str(shard.index): shard.data for shard in array.addressable_shards}.values():
                     self._inspect(name, np.asarray(data), ternary)
         return weights
 
-    def _ternary(self, part: str) -> Mapping[str, tuple[int, int]]:
-        """Path of each ternary layer of a part -> its weight's shape."""
-        return ternary_paths(self.config) if part == "transformer" and self.quantization is not None else {}
+    def _ternary(self, component: str) -> Mapping[str, tuple[int, int]]:
+        """Path of each ternary layer of a component -> its weight's shape."""
+        return ternary_paths(self.config) if component == "transformer" and self.quantization is not None else {}
 
     def _inspect(self, name: str, value: np.ndarray, ternary: Mapping[str, tuple[int, int]]) -> None:
         path, _, kind = name.rpartition(".")
@@ -196,22 +204,22 @@ class Checkpoint:
         except ValueError as error:
             raise UserError(f"{self.directory}: {path} is damaged, copy the checkpoint again: {error}") from None
 
-    def _check(self, part: str, table: integrity.Table, needed: Mapping[str, tuple[int, ...]]) -> None:
+    def _check(self, component: str, table: integrity.Table, needed: Mapping[str, tuple[int, ...]]) -> None:
         """The manifest's table against the module, then Orbax's metadata against the manifest."""
         from orbax.checkpoint import v1 as ocp
 
         faults = integrity.faults_of_table(table, needed)
         if not faults:
-            stored = self._orbax(part, lambda path: ocp.metadata(path).metadata)
+            stored = self._orbax(component, lambda path: ocp.metadata(path).metadata)
             faults = integrity.faults_of_files(table, traverse_util.flatten_dict(stored, sep="."))
         if faults:
             more = f"\n  - and {len(faults) - 20} more" if len(faults) > 20 else ""
             lines = "\n".join(f"  - {fault}" for fault in faults[:20])
-            raise UserError(f"{self.directory}: the {part} cannot be loaded, {len(faults)} faults\n{lines}{more}")
+            raise UserError(f"{self.directory}: the {component} cannot be loaded, {len(faults)} faults\n{lines}{more}")
 
-    def _orbax(self, part: str, call: Callable[[Path], Any]) -> Any:
-        """`call` on the part's Orbax tree; whatever a damaged tree raises becomes a sentence."""
-        path = inside(self.directory, self.manifest["parts"][part]["path"])
+    def _orbax(self, component: str, call: Callable[[Path], Any]) -> Any:
+        """`call` on the component's Orbax tree; whatever a damaged tree raises becomes a sentence."""
+        path = inside(self.directory, self.manifest["parts"][component]["path"])
         try:
             return call(path)
         except Exception as error:  # Orbax and TensorStore raise many kinds, all meaning the same

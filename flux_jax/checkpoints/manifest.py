@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from flux_jax.errors import UserError
-from flux_jax.models.params import PARTS
+from flux_jax.models.params import COMPONENTS
 from pallas_kernels import LAYOUT_VERSION
-from pallas_kernels.settings import ACTIVATIONS
+from pallas_kernels.dispatch import ACTIVATIONS
 
 MANIFEST = "flux_jax.json"
 VERSION = 1  # of the format; raised when an older reader would misread a newer checkpoint
@@ -38,14 +38,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if missing := {"configs", "quantization", "tokenizers", "parts"} - manifest.keys():
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     _check_quantization(path, manifest["quantization"])
-    parts, tokenizers = manifest["parts"], manifest["tokenizers"]
-    if not isinstance(parts, dict) or not (tokenizers is None or isinstance(tokenizers, str)):
+    components, tokenizers = manifest["parts"], manifest["tokenizers"]
+    if not isinstance(components, dict) or not (tokenizers is None or isinstance(tokenizers, str)):
         raise UserError(f"{path} is damaged: parts must be an object, tokenizers a path or null")
-    for part, entry in parts.items():
-        if part not in PARTS:
-            raise UserError(f"{path}: unknown part {part!r}, must be of {', '.join(PARTS)}")
+    for component, entry in components.items():
+        if component not in COMPONENTS:
+            raise UserError(f"{path}: unknown part {component!r}, must be of {', '.join(COMPONENTS)}")
         if not isinstance(entry, dict) or type(entry.get("path")) is not str or type(entry.get("weights")) is not dict:
-            raise UserError(f"{path} is damaged: the {part} needs a path and a table of weights")
+            raise UserError(f"{path} is damaged: the {component} needs a path and a table of weights")
     return manifest
 
 

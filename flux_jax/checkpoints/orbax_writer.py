@@ -16,7 +16,7 @@ FLUSH_BYTES = 2**28
 CHUNK_BYTES = 2**22
 
 
-class Tree:
+class OrbaxWriter:
     """The tree at `path`, which must not exist yet. Whatever goes wrong in writing is raised by the next call."""
 
     def __init__(self, path: Path):

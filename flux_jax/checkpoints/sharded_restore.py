@@ -4,7 +4,7 @@ In: a module with shapes for arrays, the place of each leaf on a mesh, and `read
 shardings (Orbax reads the chunks in which a process's own shards lie). Out: the module with its weights. A stacked leaf
 is filled layer by layer, so that beside the leaves themselves only `GROUP_BYTES` of weights are on the devices at once.
 
-Where a stored matrix joins several projections, a shard is not one piece of it but a share of each (`joined`): rows
+Where a stored matrix joins several projections, a shard is not one piece of it but a share of each (`sections`): rows
 are restored in the order of the files and then exchanged between devices, once.
 """
 
@@ -24,7 +24,7 @@ from flux_jax.models.params import batches, dotted, layer_names, target_dtype
 GROUP_BYTES = 2**30  # of stored weights that are read at a time, over all devices, if a single one is not larger
 
 Read = Callable[[dict[str, jax.ShapeDtypeStruct]], Mapping[str, jax.Array]]
-Joined = Callable[[str], tuple[int, ...]]  # path of a leaf -> lengths of what it joins along the axis that is cut
+Sections = Callable[[str], tuple[int, ...]]  # path of a leaf -> lengths of what it joins along the axis that is cut
 
 
 def restore(
@@ -34,11 +34,11 @@ def restore(
     *,
     places: Mapping[str, NamedSharding],
     dtype: Any = None,
-    joined: Joined = lambda path: (),
+    sections: Sections = lambda path: (),
 ) -> nnx.Module:
     """The abstract `module` with the weights of `table`. places: of each leaf, by its path. dtype: as in
-    `flux_jax.models.params.assemble`. joined: the lengths, along the axis that is cut, of the projections in a leaf of
-    which every shard gets a share; () for a leaf whose shards are its pieces in order."""
+    `flux_jax.models.params.assemble`. sections: the lengths, along the axis that is cut, of the projections in a leaf
+    of which every shard gets a share; () for a leaf whose shards are its pieces in order."""
     definition, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
     asked, places = places, {leaf: automatic(sharding) for leaf, sharding in places.items()}
@@ -58,7 +58,7 @@ def restore(
             spec = places[leaf].spec if layer is None else PartitionSpec(*places[leaf].spec[1:])
             where = NamedSharding(places[leaf].mesh, spec)
             wanted[name] = jax.ShapeDtypeStruct(shape, target_dtype(leaf, stored, dtype), sharding=where)
-            steps.append(Step(leaf, layer, joined(leaf), where, places[leaf]))
+            steps.append(Step(leaf, layer, sections(leaf), where, places[leaf]))
         weights = dict(read(wanted))
         started = {step.leaf: filled[step.leaf] for step in steps if step.layer is not None}
         filled |= fill(started, [weights.pop(name) for name in group], tuple(steps))
@@ -72,7 +72,7 @@ class Step(NamedTuple):
 
     leaf: str
     layer: int | None
-    parts: tuple[int, ...]
+    sections: tuple[int, ...]
     place: NamedSharding
     leaf_place: NamedSharding
 
@@ -82,7 +82,7 @@ def fill(leaves: dict[str, Any], weights: list[Any], steps: tuple[Step, ...]) ->
     """The leaves with the weights in them, stacked ones in the memory that they have: one program for a whole group."""
     found = dict(leaves)
     for weight, step in zip(weights, steps, strict=True):
-        weight = by_shares(weight, step.parts, step.place) if step.parts else weight
+        weight = interleave_sections(weight, step.sections, step.place) if step.sections else weight
         whole = weight if step.layer is None else found[step.leaf].at[step.layer].set(weight)
         found[step.leaf] = jax.lax.with_sharding_constraint(whole, step.leaf_place)
     return found
@@ -99,11 +99,11 @@ def rewrapped(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)
 
 
-def by_shares(weight: Any, parts: tuple[int, ...], place: NamedSharding) -> jax.Array:
-    """A matrix that joins `parts` along the axis that `place` cuts, in the order of shards: the m-th share of each
-    part together, for m = 0, 1, ..."""
+def interleave_sections(weight: Any, sections: tuple[int, ...], place: NamedSharding) -> jax.Array:
+    """A matrix that joins `sections` along the axis that `place` cuts, in the order of shards: the m-th share of each
+    section together, for m = 0, 1, ..."""
     axis, name = next((axis, name) for axis, name in enumerate(place.spec) if name is not None)
-    cuts, bounds = place.mesh.shape[name], np.cumsum(parts[:-1])
+    cuts, bounds = place.mesh.shape[name], np.cumsum(sections[:-1])
     shape, pieces = weight.shape, jnp.split(weight, bounds, axis=axis)
     shares = [piece.reshape(*shape[:axis], cuts, -1, *shape[axis + 1 :]) for piece in pieces]
     return jax.lax.with_sharding_constraint(jnp.concatenate(shares, axis=axis + 1).reshape(shape), place)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from flux_jax.checkpoints import checksums
 from flux_jax.checkpoints.manifest import MANIFEST, TOKENIZERS, VERSION, lined_json
-from flux_jax.checkpoints.orbax_writer import Tree
+from flux_jax.checkpoints.orbax_writer import OrbaxWriter
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.io.atomic import begin, disk_is_full, publish, working_name
@@ -27,7 +27,7 @@ PACKAGES = ("flux-jax-ternary", "jax", "flax", "orbax-checkpoint", "numpy")
 def save(
     directory: str | Path,
     config: FluxConfig,
-    parts: Mapping[str, nnx.Module],
+    components: Mapping[str, nnx.Module],
     *,
     tokenizers: Path | None = None,
     overwrite: bool = False,
@@ -37,15 +37,15 @@ def save(
 
     tokenizers: a folder with t5/ and clip/ to copy. about: `quantization`, `source`, `licence`, as in `Writer.finish`.
     """
-    with Writer(directory, overwrite=overwrite) as writer:
-        for part, module in parts.items():
+    with CheckpointWriter(directory, overwrite=overwrite) as writer:
+        for component, module in components.items():
             for name, value in leaves(module):
-                writer.add(part, name, value)
+                writer.add(component, name, value)
         writer.finish(config, tokenizers=tokenizers, **about)
     return Path(directory)
 
 
-class Writer:
+class CheckpointWriter:
     """A checkpoint written weight by weight; what that takes of memory: `flux_jax.checkpoints.orbax_writer`.
 
     A context manager: leaving it without `finish`, by an error or an interruption, leaves nothing behind. The work is
@@ -56,9 +56,9 @@ class Writer:
         self.directory, self.overwrite = Path(directory), overwrite
         self.working = working_name(self.directory)
         self._tables: dict[str, dict[str, tuple[str, list[int]]]] = {}
-        self._tree: Tree | None = None  # of the part that is being written
+        self._tree: OrbaxWriter | None = None  # of the component that is being written
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "CheckpointWriter":
         if self.directory.exists() and not self.overwrite:
             raise UserError(f"{self.directory} exists already: choose another name, or give --overwrite to replace it")
         if self.overwrite and self.directory.exists() and not (self.directory / MANIFEST).is_file():
@@ -75,12 +75,12 @@ class Writer:
                 f"the disk of {self.directory} is full: free some space; nothing was left behind"
             ) from error
 
-    def add(self, part: str, name: str, value: np.ndarray) -> None:
-        """The next weight (outside name, one layer). The weights of a part come one after the other."""
-        if self._tree is None or part not in self._tables:
+    def add(self, component: str, name: str, value: np.ndarray) -> None:
+        """The next weight (outside name, one layer). The weights of a component come one after the other."""
+        if self._tree is None or component not in self._tables:
             self._end_part()
-            self._tables[part], self._tree = {}, Tree(self.working / part)
-        self._tables[part][name] = (value.dtype.name, list(value.shape))
+            self._tables[component], self._tree = {}, OrbaxWriter(self.working / component)
+        self._tables[component][name] = (value.dtype.name, list(value.shape))
         self._tree.add(name, value)
 
     def _end_part(self) -> None:
@@ -118,7 +118,7 @@ class Writer:
             "source": source,
             "versions": {package: _version(package) for package in PACKAGES},
             "tokenizers": None if tokenizers is None else TOKENIZERS,
-            "parts": {part: {"path": part, "weights": table} for part, table in self._tables.items()},
+            "parts": {component: {"path": component, "weights": table} for component, table in self._tables.items()},
         }
         (self.working / MANIFEST).write_text(lined_json(manifest) + "\n")
         for note in self.working.glob("*/commit_success.txt"):  # Orbax names a folder of this machine in it

@@ -32,7 +32,6 @@ PROMPTS_FILE = (
     "guidance, negative_prompt, true_cfg; pictures that exist already are skipped"
 )
 TRUE_CFG = "classifier-free guidance against the negative prompt; twice as slow (default: 1, off)"
-OFFLOAD = ("none", "model", "layers")
 OFFLOADING = (
     "keep weights in the host's memory: each part is on the device while it works (model), and T5 layer by layer "
     "(layers); slower, for GPUs that cannot hold all parts at once"
@@ -82,9 +81,9 @@ def build_parser() -> Parser:
     add("-m", "--model", metavar="MODEL", help="a checkpoint's folder, or a name that --list-models prints")
     add("--list-models", action="store_true", help="print the models that came with the package, and stop")
     add("--dtype", choices=sorted(DTYPES), help="auto (default): bfloat16 on a GPU, float32 on a CPU")
-    add("--activations", choices=("bf16", "int8"), help=ACTIVATIONS)
+    add("--activations", choices=validation.ACTIVATIONS, help=ACTIVATIONS)
     add("--device", choices=("cpu", "gpu"), help="default: a GPU if JAX finds one")
-    add("--offload", choices=OFFLOAD, default="none", help=OFFLOADING)
+    add("--offload", choices=validation.OFFLOAD_MODES, default="none", help=OFFLOADING)
     add("--vae-tiling", choices=("auto", "on", "off"), default="auto", help=TILING)
     add("--mesh", metavar="data=N,model=M", help=MESH)
     add("--processes", type=int, default=1, metavar="N", help=PROCESSES)

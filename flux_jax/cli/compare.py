@@ -60,12 +60,14 @@ def run(argv: Sequence[str]) -> None:
     from flux_jax.runtime import compilation_cache
 
     if args.prompts is None:
-        tasks = [drawing.Task(i, e.caption.text, e.seed) for i, e in enumerate(nano.examples(4, args.seed))]
+        tasks = [drawing.ComparisonTask(i, e.caption.text, e.seed) for i, e in enumerate(nano.examples(4, args.seed))]
     else:
         lines, ignored = requests.read_prompts(args.prompts)
         if unused := sorted(set(ignored) | {key for line in lines for key in line} - {"prompt", "seed", "id"}):
             say(f"{args.prompts}: ignoring the keys {', '.join(unused)}.")
-        tasks = [drawing.Task(i, line["prompt"], line.get("seed", args.seed + i)) for i, line in enumerate(lines)]
+        tasks = [
+            drawing.ComparisonTask(i, line["prompt"], line.get("seed", args.seed + i)) for i, line in enumerate(lines)
+        ]
     validation.check_seeds([task.seed for task in tasks])
     a, b = Variant.parse(args.a), Variant.parse(args.b)
     sampling = same_sampling(args, [a, b])

@@ -19,7 +19,7 @@ from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, Picture, Prompt
 from flux_jax.evaluate.models import Variant
 from flux_jax.evaluate.render_prompts import once_for_each, painter, recorder
 
-Plan = list[tuple[Path, dict[str, Any], list[Picture], list[Picture]]]  # folder, its run.json, all, this shard's
+Folders = list[tuple[Path, dict[str, Any], list[Picture], list[Picture]]]  # folder, its run.json, all, this shard's
 
 
 def add_commands(commands) -> None:
@@ -108,17 +108,17 @@ def _planned(out: Path, source: Path, prompts: Sequence[Prompt], args, split: Sp
     return out, {"prompts": _digest(source), "images": args.images, **own}, everything, mine
 
 
-def _plan_geneval(args: argparse.Namespace, split: Split) -> Plan:
+def _plan_geneval(args: argparse.Namespace, split: Split) -> Folders:
     prompts = benchmarks.read_geneval(args.metadata)
     return [_planned(args.out, args.metadata, prompts, args, split, benchmarks.folder_pictures)]
 
 
-def _plan_parti(args: argparse.Namespace, split: Split) -> Plan:
+def _plan_parti(args: argparse.Namespace, split: Split) -> Folders:
     prompts = benchmarks.read_parti(args.prompts)
     return [_planned(args.out, args.prompts, prompts, args, split, benchmarks.folder_pictures)]
 
 
-def _plan_t2i(args: argparse.Namespace, split: Split) -> Plan:
+def _plan_t2i(args: argparse.Namespace, split: Split) -> Folders:
     if args.category != "all" and args.category not in CATEGORIES:
         raise UserError(f"Unknown category {args.category!r}; T2I-CompBench has {', '.join(CATEGORIES)} (or: all).")
     if args.category != "all":

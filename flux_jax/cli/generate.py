@@ -6,7 +6,6 @@ of memory), 130 (interrupted).
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -37,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     set_environment(args.device)
     if args.processes > 1:
         watchdog.join(args.coordinator, args.processes, args.process)
-    from flux_jax.checkpoints.checkpoint import DEFAULT_MODEL, MANIFEST, Checkpoint
+    from flux_jax.checkpoints.checkpoint import DEFAULT_MODEL, Checkpoint
 
     if args.list_models:
         list_models()
@@ -48,17 +47,16 @@ def run(args: argparse.Namespace) -> None:
     stored = Checkpoint.open(name)
     ternary = stored.quantization is not None
     stored = stored.using(args.activations or (recorded["model"].get("activations") if ternary else None))
-    sha256 = hashlib.sha256((stored.directory / MANIFEST).read_bytes()).hexdigest()
-    model = {"id": name, "name": stored.config.name, "sha256": sha256}
+    model = {"id": name, "name": stored.config.name, "sha256": stored.digest}
     if stored.quantization is not None:
         model["activations"] = stored.quantization["activations"]
-    if record and record["model"].get("sha256") != sha256:
+    if record and record["model"].get("sha256") != stored.digest:
         say(f"{args.from_metadata} was made with another checkpoint than {name}: the picture will differ.")
     precision = args.dtype or recorded.get("dtype") or "auto"
     dtype = arguments.DTYPES.get(precision)
     if dtype is None:
         raise UserError(f"{args.from_metadata} was made in {precision}, which is not offered here; add --dtype.")
-    planned, seeded = requests.plan(args, stored.config, record, say)
+    planned, seeded = requests.plan_requests(args, stored.config, record, say)
     left = requests.skip_done(planned, args, seeded, model)
     if len(left) < len(planned) and not args.quiet:
         say(f"{len(planned) - len(left)} of {len(planned)} pictures exist already.")
@@ -88,7 +86,7 @@ def list_models() -> None:
 
 
 def generate(
-    args: argparse.Namespace, todo: list[requests.Job], stored: Any, model: dict[str, Any], dtype: str
+    args: argparse.Namespace, todo: list[requests.Request], stored: Any, model: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
     """Loads the model, draws and writes each job; returns what the JSON report says about it."""
     start = time.perf_counter()
@@ -122,7 +120,7 @@ def generate(
         "versions": {"flux_jax": version(), "jax": jax.__version__, "python": sys.version.split()[0]},
     }
     made = []
-    for group in requests.alike(todo, args.mesh["data"] if args.mesh else 1):
+    for group in requests.batches(todo, args.mesh["data"] if args.mesh else 1):
         job = group[0]
         label = f"{todo.index(job) + 1}/{len(todo)} " if len(todo) > 1 else ""
         bar = Bar(job.steps, label) if shows_bar(args) else None
@@ -195,14 +193,16 @@ class Bar:
 
 
 def parameter_counts(config: FluxConfig) -> dict[str, int]:
-    """Parameters of each part, from shapes alone."""
+    """Parameters of each component, from shapes alone."""
     import math
 
     from flux_jax.models import params
 
     return {
-        part: sum(math.prod(shape) for shape in params.leaf_table(params.abstract_part(part, config)).values())
-        for part in params.PARTS
+        component: sum(
+            math.prod(shape) for shape in params.leaf_table(params.abstract_component(component, config)).values()
+        )
+        for component in params.COMPONENTS
     }
 
 
@@ -210,14 +210,14 @@ def weights(stored: Any) -> dict[str, Any]:
     """The form of a checkpoint's weights, in words, and their bytes as stored."""
     from flux_jax.checkpoints.integrity import stored_bytes
 
-    tables = [stored.table(part) for part in stored.parts]
+    tables = [stored.table(component) for component in stored.components]
     floating = {d.name for table in tables for n, (d, _) in table.items() if not n.endswith((".packed", ".scale"))}
     form = " and ".join(sorted(floating))
     size = sum(stored_bytes(table, name) for table in tables for name in table)
     return {"form": form if stored.quantization is None else f"ternary, the rest {form}", "bytes": size}
 
 
-def memory_plan(stored: Any, dtype: str, job: requests.Job, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def memory_plan(stored: Any, dtype: str, job: requests.Request, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """What a picture would take on this machine, in words and in numbers."""
     from flux_jax.runtime.environment import resolve_dtype
     from flux_jax.sampling import planner
@@ -233,7 +233,7 @@ def explain(report: dict[str, Any], words: str, args) -> None:
     counts = report["parameters"]
     total = sum(counts.values())
     if not args.quiet:
-        listed = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        listed = ", ".join(f"{component} {count:,}" for component, count in counts.items())
         held = f"{report['weights']['bytes'] / 1e9:.2f} GB of weights ({report['weights']['form']})"
         say(f"{report['model']['name']}: {total:,} parameters ({listed}), {held}.")
         for image in report["images"]:

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 from flux_jax import validation
 from flux_jax.checkpoints.checkpoint import Checkpoint
-from flux_jax.cli.arguments import OFFLOAD, OFFLOADING, TILING
+from flux_jax.cli.arguments import OFFLOADING, TILING
 from flux_jax.cli.main import Parser, guarded, in_flags, program, say
 from flux_jax.config import dev, schnell
 from flux_jax.errors import UserError
 from flux_jax.runtime import aot
-from flux_jax.sampling.planner import Model, Planner, describe, model_of
+from flux_jax.sampling.planner import AbstractModel, Planner, describe, model_of
 
 PRESETS = {"dev": dev, "schnell": schnell}
 
@@ -46,12 +46,12 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     model = "a checkpoint's folder, or dev or schnell: FLUX.1 with synthetic weights (default: dev)"
     add("-m", "--model", default="dev", help=model)
     add("--weights", choices=("ternary", "bf16"), default="ternary", help="of dev and schnell (default: ternary)")
-    add("--activations", choices=("bf16", "int8"), help="of ternary layers (default: the checkpoint's; bf16)")
+    add("--activations", choices=validation.ACTIVATIONS, help="of ternary layers (default: the checkpoint's; bf16)")
     add("--gpu", choices=sorted(aot.GPUS), help="a GPU that need not be here (default: JAX's device)")
     add("--size", type=validation.parse_size, metavar="WxH", help="of the picture (default: the model's own)")
     add("--batch", type=int, default=1, help="pictures; they are drawn one at a time and take no more than one")
     add("--steps", type=int, help="denoising steps (default: the model's own)")
-    add("--offload", choices=OFFLOAD, default="none", help=OFFLOADING)
+    add("--offload", choices=validation.OFFLOAD_MODES, default="none", help=OFFLOADING)
     add("--vae-tiling", choices=("auto", "on", "off"), default="auto", help=TILING)
     add("--json", action="store_true", help="print one JSON object on stdout")
     return parser.parse_args(argv)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault(aot.SKIP_CHECK, "1")
     if args.model in PRESETS:
         ternary = (args.activations or "bf16") if args.weights == "ternary" else None
-        model = Model(PRESETS[args.model](), ternary, jnp.dtype(jnp.bfloat16))
+        model = AbstractModel(PRESETS[args.model](), ternary, jnp.dtype(jnp.bfloat16))
     else:
         model = model_of(Checkpoint.open(args.model).using(args.activations), jnp.bfloat16)
     defaults = model.config.sampling

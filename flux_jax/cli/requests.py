@@ -1,8 +1,8 @@
 """The pictures of a run: what each is made of, and where it goes; nothing here computes or imports JAX.
 
-In: arguments (`flux_jax.cli`), a prompts file, the record of an earlier picture, the model's config. Out: `Job`s, one
-picture each, with every number decided and an output path that is free. Every mistake raises UserError before the
-model is loaded.
+In: arguments (`flux_jax.cli.arguments`), a prompts file, the record of an earlier picture, the model's config. Out:
+`Request`s, one picture each, with every number decided and an output path that is free. Every mistake raises UserError
+before the model is loaded.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from flux_jax.io.png import read_record
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Request:
     """One picture to make. `size` fields in pixels; `index` counts over the whole run."""
 
     index: int
@@ -76,7 +76,9 @@ def read_prompts(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, sorted(ignored)
 
 
-def plan(args: argparse.Namespace, config: FluxConfig, record: dict[str, Any] | None, say) -> tuple[list[Job], bool]:
+def plan_requests(
+    args: argparse.Namespace, config: FluxConfig, record: dict[str, Any] | None, say
+) -> tuple[list[Request], bool]:
     """All pictures of the run, and whether their seeds were asked for (not drawn at random). `say` gets each notice."""
     record = record or {}
     if args.prompts_file:
@@ -109,8 +111,8 @@ def plan(args: argparse.Namespace, config: FluxConfig, record: dict[str, Any] | 
     if not seeded:  # keep the last picture's seed in range
         seeds = [min(seeds[0], validation.SEED_LIMIT - per_prompt * len(rows))]
 
-    names = Names(args, len(rows), per_prompt)
-    jobs: list[Job] = []
+    names = OutputPaths(args, len(rows), per_prompt)
+    jobs: list[Request] = []
     notices: dict[str, None] = {}
     for row in rows:
         settings = {**chosen, **{key: value for key, value in row.items() if key in chosen}}
@@ -127,7 +129,7 @@ def plan(args: argparse.Namespace, config: FluxConfig, record: dict[str, Any] | 
             validation.check_seeds([seed])
             id_ = str(row["id"]) if "id" in row else None
             output = names.path(row, index=i, k=k, seed=seed)
-            jobs.append(Job(i, id_, row["prompt"], height=h, width=w, seed=seed, output=output, **settings))
+            jobs.append(Request(i, id_, row["prompt"], height=h, width=w, seed=seed, output=output, **settings))
     for notice in notices:
         say(notice)
     taken: set[Path] = set()
@@ -153,7 +155,7 @@ def _size(args, config: FluxConfig, record: dict[str, Any]) -> tuple[int, int]:
     return _first(args.width, width), _first(args.height, height)
 
 
-class Names:
+class OutputPaths:
     """Output paths: `-o` with its placeholders filled, or names of our own in a folder."""
 
     def __init__(self, args: argparse.Namespace, prompts: int, per_prompt: int):
@@ -188,9 +190,9 @@ class Names:
         return path if path.suffix else path.with_name(path.name + ".png")
 
 
-def alike(jobs: list[Job], most: int) -> list[list[Job]]:
+def batches(jobs: list[Request], most: int) -> list[list[Request]]:
     """Neighbours that one call can draw, at most so many together: they differ in prompt and seed only."""
-    groups: list[list[Job]] = []
+    groups: list[list[Request]] = []
     for job in jobs:
         same = {k: v for k, v in job.settings().items() if k not in ("prompt", "seed")}
         if groups and len(groups[-1]) < most and all(groups[-1][0].settings()[k] == v for k, v in same.items()):
@@ -205,7 +207,7 @@ def slug(text: str, longest: int = 60) -> str:
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:longest].rstrip("-") or "picture"
 
 
-def skip_done(jobs: list[Job], args: argparse.Namespace, seeded: bool, model: dict[str, Any]) -> list[Job]:
+def skip_done(jobs: list[Request], args: argparse.Namespace, seeded: bool, model: dict[str, Any]) -> list[Request]:
     """The jobs still to do. Of a prompts file, those whose picture exists already, made the same way, are left out;
     any other file in the way raises UserError."""
     for job in jobs:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flux_jax import validation
 from flux_jax.cli.main import Parser, guarded, program, say
 from flux_jax.errors import UserError
 from flux_jax.io import prompts
@@ -40,7 +41,7 @@ def build_parser() -> Parser:
     add("--count", type=int, default=32, help="pictures (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--rounded", action="store_true", help="compare also the teacher rounded without training")
-    add("--activations", choices=("bf16", "int8"), help="of the students (default: as their manifests say)")
+    add("--activations", choices=validation.ACTIVATIONS, help="of the students (default: as their manifests say)")
     return parser
 
 
@@ -54,7 +55,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from flux_jax.distill.trajectories import noises
     from flux_jax.distill.velocity_error import compare
     from flux_jax.models import quantize
-    from flux_jax.models.attention import rotary
     from flux_jax.runtime import compilation_cache
     from flux_jax.runtime.environment import resolve_dtype
     from flux_jax.sampling import programs, schedule
@@ -80,8 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         students["rounded"] = quantize.quantize_transformer(teacher, activations=args.activations or "bf16")
     t5, clip = (stored.load(part, dtype) for part in ("t5", "clip"))
     tokenizers = Tokenizers.load(stored.tokenizers, config)
-    ids = schedule.position_ids(*config.default_grid, defaults.max_sequence_length)
-    rope = jnp.asarray(rotary(ids, config.transformer.axes_dim, float(config.transformer.theta)))
+    rope = jnp.asarray(schedule.rope_table(config.transformer, *config.default_grid, defaults.max_sequence_length))
     sigmas = schedule.sigmas(defaults, defaults.num_inference_steps, math.prod(config.default_grid))
     chunks = []
     for start in range(0, args.count, BATCH):

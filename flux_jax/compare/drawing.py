@@ -26,7 +26,7 @@ from flux_jax.io import atomic, png
 
 
 @dataclass(frozen=True)
-class Task:
+class ComparisonTask:
     """One prompt and seed, drawn by both models."""
 
     index: int
@@ -43,7 +43,9 @@ class Task:
         return out / "b" / f"{self.index:05d}.json"
 
 
-def run(tasks: Sequence[Task], a: Variant, b: Variant, sampling: dict[str, Any], out: Path) -> list[dict[str, Any]]:
+def run(
+    tasks: Sequence[ComparisonTask], a: Variant, b: Variant, sampling: dict[str, Any], out: Path
+) -> list[dict[str, Any]]:
     """Makes what is missing; returns the pictures' metrics in order. sampling: arguments of the pipeline."""
     todo = [task for task in tasks if not task.result(out).exists()]
     first = [task for task in todo if not (task.latents(out).exists() and task.picture("a", out).exists())]
@@ -62,7 +64,7 @@ def run(tasks: Sequence[Task], a: Variant, b: Variant, sampling: dict[str, Any],
 
 
 def judged(
-    rows: Sequence[dict[str, Any]], tasks: Sequence[Task], out: Path, judges: Sequence[Judge]
+    rows: Sequence[dict[str, Any]], tasks: Sequence[ComparisonTask], out: Path, judges: Sequence[Judge]
 ) -> list[dict[str, Any]]:
     """The rows with what networks say of their pictures; only one network is in memory at a time."""
     import jax
@@ -81,7 +83,7 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(file.convert("RGB"))
 
 
-def _draw(tasks: Sequence[Task], variant: Variant, side: str, sampling: dict[str, Any], out: Path):
+def _draw(tasks: Sequence[ComparisonTask], variant: Variant, side: str, sampling: dict[str, Any], out: Path):
     """Draws, writes the picture, yields (task, latents float32 [steps, i, c])."""
     if not tasks:
         return

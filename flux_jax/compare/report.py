@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from flux_jax.compare import metrics
-from flux_jax.compare.drawing import Task
+from flux_jax.compare.drawing import ComparisonTask
 from flux_jax.io import atomic
 
 LARGE = 512  # pixels: from there on the page holds pictures as WebP, which is a tenth of the size
@@ -25,7 +25,9 @@ GRID_COLUMNS, GRID_PICTURES, GRID_EDGE = 6, 24, 320  # prompts in a row, in all,
 CAPTION, LINE, GAP, LABEL = 3, 12, 6, 7  # lines of a caption, pixels a line, between pictures; of a character
 
 
-def write(out: Path, tasks: Sequence[Task], rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+def write(
+    out: Path, tasks: Sequence[ComparisonTask], rows: Sequence[dict[str, Any]], about: dict[str, Any]
+) -> dict[str, Any]:
     """Writes the three files; returns what report.json holds. about: `a`, `b` (names), `sampling`, `networks`
     (what judged, in words), more settings."""
     result = about | {"summary": metrics.summary(rows), "pictures": list(rows)}
@@ -37,7 +39,7 @@ def write(out: Path, tasks: Sequence[Task], rows: Sequence[dict[str, Any]], abou
     return result
 
 
-def page(out: Path, tasks: Sequence[Task], rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
+def page(out: Path, tasks: Sequence[ComparisonTask], rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
     """The HTML page, worst pictures first."""
     import jinja2
 
@@ -94,7 +96,7 @@ def curve(summary: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def grid(out: Path, tasks: Sequence[Task], a: str, b: str) -> Image.Image:
+def grid(out: Path, tasks: Sequence[ComparisonTask], a: str, b: str) -> Image.Image:
     """The first prompts' pictures, the first model's above the second's, captions below."""
     shown = tasks[:GRID_PICTURES]
     with Image.open(shown[0].picture("a", out)) as file:

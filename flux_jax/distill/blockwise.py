@@ -22,10 +22,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flux_jax.distill import memmap_store, student
-from flux_jax.distill.run_context import Workspace
-from flux_jax.distill.training import Fit, Plan
+from flux_jax.distill.run_context import RunContext
+from flux_jax.distill.training import Fit, FitConfig
 from flux_jax.distill.trajectories import Trajectories
-from flux_jax.models.blocks import DoubleBlock, SingleBlock
+from flux_jax.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from flux_jax.models.params import dotted
 from flux_jax.models.transformer import Transformer
 from flux_jax.training import mesh as meshes
@@ -35,19 +35,19 @@ def apply(
     block: nnx.Module, text_tokens: int, x: Float[Array, "b n d"], vec: Float[Array, "b d"], rope: Float[Array, "2 n r"]
 ) -> Float[Array, "b n d"]:
     """One block of either kind, modulation included; vec is what every modulation linear gets."""
-    if isinstance(block, DoubleBlock):
+    if isinstance(block, DoubleStreamBlock):
         txt, img = x[:, :text_tokens], x[:, text_tokens:]
         img, txt = block(img, txt, block.img.mod(vec), block.txt.mod(vec), rope)
         return jnp.concatenate([txt, img], axis=1)
-    assert isinstance(block, SingleBlock)
+    assert isinstance(block, SingleStreamBlock)
     return block(x, block.mod(vec), rope)
 
 
 def in_dtype(params: Any, dtype: Any) -> Any:
-    """Floats that stay in the dtype of activations; latents and scales are the layer's own matter."""
+    """Floats that stay in the dtype of activations; shadows and scales are the layer's own matter."""
 
     def cast(path, x):
-        return x if path[-1].key in ("latent", "log_scale") else x.astype(dtype)
+        return x if path[-1].key in ("shadow", "log_scale") else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -93,7 +93,7 @@ def enter(transformer: Transformer, x, t, guidance, text, pooled):
 class Blockwise:
     """The phase, in a workspace."""
 
-    def __init__(self, work: Workspace, trajectories: Trajectories):
+    def __init__(self, work: RunContext, trajectories: Trajectories):
         self.work, self.trajectories, self.options = work, trajectories, work.options
         self.folder = work.folder / "blockwise"
         self.rope = work.rope.astype(jnp.float32)
@@ -145,10 +145,11 @@ class Blockwise:
         transformer = work.load_teacher()
         tokens = work.grid[0] * work.grid[1] + work.text_tokens
         writers = [
-            memmap_store.Writer(self.states(who, 0), {"x": self._layout(tokens)}) for who in ("teacher", "student")
+            memmap_store.MemmapWriter(self.states(who, 0), {"x": self._layout(tokens)})
+            for who in ("teacher", "student")
         ]
         shape, dtype = self._layout(1)
-        vectors = memmap_store.Writer(self.vectors, {"vec": ((shape[0], shape[2]), dtype)})
+        vectors = memmap_store.MemmapWriter(self.vectors, {"vec": ((shape[0], shape[2]), dtype)})
         rows, steps = self.trajectories.draw(self.options.seed, 0, 0, count, None)
         guidance = meshes.put(np.float32(work.guidance), meshes.whole(work.mesh))
         for part in self._chunks():
@@ -167,7 +168,7 @@ class Blockwise:
         if self.states(who, index + 1).exists():
             return
         x, vec = memmap_store.open_store(self.states(who, index))["x"], memmap_store.open_store(self.vectors)["vec"]
-        writer = memmap_store.Writer(self.states(who, index + 1), {"x": (x.shape, x.dtype)})
+        writer = memmap_store.MemmapWriter(self.states(who, index + 1), {"x": (x.shape, x.dtype)})
         for part in self._chunks():
             y = meshes.fetch(step(self._put(x[part]), self._put(vec[part])))
             writer.write(part.start, {"x": y[: len(x[part])]})
@@ -195,7 +196,7 @@ class Blockwise:
         params = nnx.to_pure_dict(state)
         loss = BlockLoss(graph, work.text_tokens, last, work.dtype)
         if not self.result(name).exists():
-            plan = Plan.of(
+            plan = FitConfig.of(
                 options, steps=options.block_steps, learning_rate=options.block_learning_rate, accumulate=1,
                 seed=options.seed + k,
             )  # fmt: skip
@@ -230,14 +231,14 @@ class Blockwise:
 
 
 def _probed(block: nnx.Module, prefix: str, options) -> nnx.Module:
-    return student.replace_linears(block, prefix, options, lambda _, linear: student.Probe(linear))
+    return student.replace_linears_in_place(block, prefix, options, lambda _, linear: student.Probe(linear))
 
 
 @functools.partial(jax.jit, static_argnames="text_tokens")
 def measure(probed: nnx.Module, text_tokens: int, x, vec, rope) -> dict[str, Array]:
     """Mean square of each input of each linear that carries a probe, by path."""
     apply(probed, text_tokens, x, vec, rope)
-    kind = "double_blocks." if isinstance(probed, DoubleBlock) else "single_blocks."
+    kind = "double_blocks." if isinstance(probed, DoubleStreamBlock) else "single_blocks."
     return {
         kind + dotted(path): node.moment[...]
         for path, node in nnx.iter_modules(probed)

@@ -4,7 +4,7 @@ In: arrays of each block (rounded, or from phase `blockwise`), points of the tea
 further ones. Out: parameters of the student (a dict tree, cut over the mesh), and its velocity's mean squared error at
 each noise level.
 
-The phase ends with steps in which the codes stay as they are. Before, latents come to rest at the thresholds between
+The phase ends with steps in which the codes stay as they are. Before, shadows come to rest at the thresholds between
 codes, where every step flips some, however small it is (arXiv 2203.11086): scales and all other floats learn among
 noise. With the codes still, they learn without it.
 """
@@ -24,10 +24,10 @@ from jaxtyping import Array, Float
 from flux_jax.distill import memmap_store, student
 from flux_jax.distill.blockwise import in_dtype
 from flux_jax.distill.options import Options
-from flux_jax.distill.run_context import Workspace
-from flux_jax.distill.training import Fit, Plan
+from flux_jax.distill.run_context import RunContext
+from flux_jax.distill.training import Fit, FitConfig
 from flux_jax.distill.trajectories import Trajectories, load_or_make
-from flux_jax.models.params import abstract_part, assemble
+from flux_jax.models.params import abstract_component, assemble
 from flux_jax.models.transformer import Transformer
 from flux_jax.training import mesh as meshes
 
@@ -36,7 +36,7 @@ OWN_ROUNDS = 3  # times that the student samples trajectories of its own, at equ
 UNROLLED = 8  # so many blocks compile in seconds without a scan, and a step then takes a quarter less time on a CPU
 
 
-def rounded(work: Workspace) -> Read:
+def rounded(work: RunContext) -> Read:
     """Reads the student's arrays as they are before any training: the teacher's weights, rounded."""
 
     def read(names: list[str]) -> dict[str, np.ndarray]:
@@ -45,10 +45,10 @@ def rounded(work: Workspace) -> Read:
         made: dict[str, dict[str, Any]] = {}
         for name, source in sources.items():
             if name != source and source not in made:
-                latent, log_scale = student.initial(jnp.asarray(found[source]), work.options)
-                latent = latent.astype(jnp.dtype(work.options.latent_dtype))
+                shadow, log_scale = student.initial_shadow(jnp.asarray(found[source]), work.options)
+                shadow = shadow.astype(jnp.dtype(work.options.shadow_dtype))
                 base = source.removesuffix("weight")
-                made[source] = {f"{base}latent": np.asarray(latent), f"{base}log_scale": np.asarray(log_scale)}
+                made[source] = {f"{base}shadow": np.asarray(shadow), f"{base}log_scale": np.asarray(log_scale)}
         return {
             name: found[source].astype(np.float32) if name == source else made[source][name]
             for name, source in sources.items()
@@ -59,10 +59,10 @@ def rounded(work: Workspace) -> Read:
 
 def _source(name: str) -> str:
     head, _, last = name.rpartition(".")
-    return f"{head}.weight" if last in ("latent", "log_scale") else name
+    return f"{head}.weight" if last in ("shadow", "log_scale") else name
 
 
-def blockwise(work: Workspace) -> Read:
+def blockwise(work: RunContext) -> Read:
     """Reads the student's arrays as phase `blockwise` left them; what is in no block is the teacher's."""
     outside, folder = rounded(work), work.folder / "blockwise"
 
@@ -80,11 +80,11 @@ def blockwise(work: Workspace) -> Read:
     return read
 
 
-def build(work: Workspace, read: Read) -> tuple[Any, Any]:
+def build(work: RunContext, read: Read) -> tuple[Any, Any]:
     """(graph, parameters) of the whole student."""
     rows = meshes.by_row(work.mesh)
     change = functools.partial(student.student_of, prefix="", options=work.options, rows=rows)
-    module = abstract_part("transformer", work.config, change=change)
+    module = abstract_component("transformer", work.config, change=change)
     assert isinstance(module, Transformer)
     module.rematerialise = work.options.rematerialise
     module.unroll = len(work.blocks) <= UNROLLED
@@ -97,9 +97,8 @@ def velocity(graph: Any, dtype: Any, params: Any, batch: dict, frozen: Any) -> F
     """The student's velocity at a batch of points, float32."""
     transformer = nnx.merge(graph, in_dtype(params, dtype))
     x, text, pooled = (batch[name].astype(dtype) for name in ("x", "text", "pooled"))
-    guidance = jnp.full(batch["t"].shape, frozen["guidance"])
-    modulation = transformer.modulation(batch["t"], guidance, pooled)
-    return transformer(x, text, modulation, frozen["rope"]).astype(jnp.float32)
+    v = transformer.velocity(x, batch["t"], frozen["guidance"], text, pooled, frozen["rope"])
+    return v.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,24 +113,24 @@ class VelocityLoss:
 
 
 @dataclasses.dataclass(frozen=True)
-class SettledLoss:
-    """The same as a function of all parameters but the latents, which are in `frozen`."""
+class FrozenCodesLoss:
+    """The same as a function of all parameters but the shadows, which are in `frozen`."""
 
     loss: VelocityLoss
 
     def __call__(self, params: Any, batch: dict, frozen: Any) -> Float[Array, ""]:
-        return self.loss(joined(frozen["latents"], params), batch, frozen)
+        return self.loss(combine(frozen["shadows"], params), batch, frozen)
 
 
-def parted(params: Any) -> tuple[Any, Any]:
-    """(latents, everything else) of a student's parameters, each a dict tree."""
-    latents, rest = nnx.split_state(nnx.State(params), lambda path, _: path[-1] == "latent", ...)
-    return nnx.to_pure_dict(latents), nnx.to_pure_dict(rest)
+def partition(params: Any) -> tuple[Any, Any]:
+    """(shadows, everything else) of a student's parameters, each a dict tree."""
+    shadows, rest = nnx.split_state(nnx.State(params), lambda path, _: path[-1] == "shadow", ...)
+    return nnx.to_pure_dict(shadows), nnx.to_pure_dict(rest)
 
 
-def joined(latents: Any, rest: Any) -> Any:
-    """What `parted` took apart."""
-    return nnx.to_pure_dict(nnx.merge_state(nnx.State(latents), nnx.State(rest)))
+def combine(shadows: Any, rest: Any) -> Any:
+    """What `partition` took apart."""
+    return nnx.to_pure_dict(nnx.merge_state(nnx.State(shadows), nnx.State(rest)))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "dtype"))
@@ -141,16 +140,16 @@ def errors(graph, dtype, params: Any, batch: dict, frozen: Any) -> tuple[Float[A
     return error, jnp.square(batch["velocity"]).mean((1, 2))
 
 
-def frozen(work: Workspace) -> dict[str, jax.Array]:
+def constants(work: RunContext) -> dict[str, jax.Array]:
     return {"rope": work.rope, "guidance": meshes.put(np.float32(work.guidance), meshes.whole(work.mesh))}
 
 
-def measure(work: Workspace, graph: Any, params: Any, held_out: Trajectories) -> dict[str, Any]:
+def measure(work: RunContext, graph: Any, params: Any, held_out: Trajectories) -> dict[str, Any]:
     """The velocity's error on all held-out points: `loss` (mean square), `relative` (over the mean square of the
     teacher's velocity), `by_step` (relative, at each of the schedule's noise levels)."""
     rows, steps = (a.ravel() for a in np.mgrid[: held_out.count, : held_out.steps])
     size, found = work.options.block_batch, []
-    given = frozen(work)
+    given = constants(work)
     for start in range(0, len(rows), size):
         chosen = np.minimum(np.arange(start, start + size), len(rows) - 1)
         batch = meshes.put(held_out.points(rows[chosen], steps[chosen]), meshes.by_row(work.mesh))
@@ -165,7 +164,7 @@ def measure(work: Workspace, graph: Any, params: Any, held_out: Trajectories) ->
     }
 
 
-def shares(work: Workspace, by_step: list[float]) -> np.ndarray | None:
+def shares(work: RunContext, by_step: list[float]) -> np.ndarray | None:
     """How often each of a trajectory's points is drawn; see `Options.timesteps`."""
     if work.options.timesteps == "uniform":
         return None
@@ -173,24 +172,24 @@ def shares(work: Workspace, by_step: list[float]) -> np.ndarray | None:
     return weights / weights.sum()
 
 
-def train(work: Workspace, graph: Any, params: Any, trajectories: Trajectories, by_step: list[float]) -> Any:
+def train(work: RunContext, graph: Any, params: Any, trajectories: Trajectories, by_step: list[float]) -> Any:
     """Phase `end_to_end`; returns the parameters' running mean."""
-    options, given = work.options, frozen(work)
-    points = Points(work, graph, trajectories, shares(work, by_step))
-    plan = Plan.of(options, steps=options.learning_steps)
+    options, given = work.options, constants(work)
+    points = BatchSampler(work, graph, trajectories, shares(work, by_step))
+    plan = FitConfig.of(options, steps=options.learning_steps)
     fit = Fit(work.folder / "end_to_end", "end_to_end", plan, options, work.mesh, work.metrics)
     loss = VelocityLoss(graph, work.dtype)
     mean = fit.run(loss, params, points, given, points.starts)
     if not options.settle_steps:
         return mean
-    latents, rest = parted(mean)
-    plan = Plan.of(options, steps=options.settle_steps, learning_rate=options.settle_rate)
+    shadows, rest = partition(mean)
+    plan = FitConfig.of(options, steps=options.settle_steps, learning_rate=options.settle_rate)
     fit = Fit(work.folder / "settle", "settle", plan, options, work.mesh, work.metrics)
 
     def batches(step: int, rest: Any) -> dict[str, np.ndarray]:
-        return points(options.learning_steps + step, joined(latents, rest))
+        return points(options.learning_steps + step, combine(shadows, rest))
 
-    return joined(latents, fit.run(SettledLoss(loss), rest, batches, given | {"latents": latents}))
+    return combine(shadows, fit.run(FrozenCodesLoss(loss), rest, batches, given | {"shadows": shadows}))
 
 
 def own_starts(options: Options) -> list[int]:
@@ -203,12 +202,12 @@ def own_starts(options: Options) -> list[int]:
     return [*starts, steps] if options.settle_steps else starts
 
 
-class Points:
+class BatchSampler:
     """Batches of phase `end_to_end`, the settling steps counted on: the teacher's trajectories, and from the first of
     `starts` on, in equal parts, the student's own (none in a batch of one point); these are sampled anew by the running
     mean of its weights at each of `starts`."""
 
-    def __init__(self, work: Workspace, graph: Any, trajectories: Trajectories, drawn: np.ndarray | None):
+    def __init__(self, work: RunContext, graph: Any, trajectories: Trajectories, drawn: np.ndarray | None):
         self.work, self.graph, self.trajectories, self.drawn = work, graph, trajectories, drawn
         self.starts = own_starts(work.options)
         self.round = 0

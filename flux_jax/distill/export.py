@@ -1,7 +1,7 @@
 """The finished student as a checkpoint: codes packed to two bits, scales, and how they were made.
 
 In: the student's parameters and the teacher's checkpoint. Out: a checkpoint directory whose transformer computes what
-the student computed; every other part and the tokenizers are the teacher's, byte for byte.
+the student computed; every other component and the tokenizers are the teacher's, byte for byte.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,29 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flux_jax.checkpoints.writer import Writer
+from flux_jax.checkpoints.writer import CheckpointWriter
 from flux_jax.distill import student
-from flux_jax.distill.run_context import Workspace
+from flux_jax.distill.run_context import RunContext
 from flux_jax.models.params import dotted, layer_names
 from flux_jax.training import mesh as meshes
 from pallas_kernels import LAYOUT_VERSION, pack_ternary
 
 
-def as_stored(work: Workspace, params: Any) -> Any:
+def round_to_storage(work: RunContext, params: Any) -> Any:
     """The parameters with every float that stays rounded to the dtype that the teacher stores it in."""
     table = work.teacher.table("transformer")
 
     def cast(path, x):
-        if path[-1].key in ("latent", "log_scale"):
+        if path[-1].key in ("shadow", "log_scale"):
             return x
-        name = ".".join(part.key for part in path)
+        name = ".".join(key.key for key in path)
         stored = table[name if name in table else (layer_names(name, 1) or [name])[0]][0]
         return x.astype(stored).astype(x.dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def stacked_leaves(work: Workspace, params: Any) -> Iterator[tuple[str, np.ndarray]]:
+def stacked_leaves(work: RunContext, params: Any) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of the student's transformer as it is stored, one stacked leaf at a time from the devices."""
     table = work.teacher.table("transformer")
     flat = dict(nnx.to_flat_state(nnx.State(params)))
@@ -43,9 +43,9 @@ def stacked_leaves(work: Workspace, params: Any) -> Iterator[tuple[str, np.ndarr
         name, last = dotted(path[:-1]), path[-1]
         if last == "log_scale":
             continue
-        if last == "latent":
+        if last == "shadow":
             whole = meshes.fetch((leaf, flat[(*path[:-1], "log_scale")]))
-            codes, scale = student.finished(*map(jnp.asarray, whole))
+            codes, scale = student.finalize(*map(jnp.asarray, whole))
             yield f"{name}.packed", np.asarray(pack_ternary(np.asarray(codes)))
             yield f"{name}.scale", np.asarray(scale, np.float32)
         else:
@@ -55,7 +55,7 @@ def stacked_leaves(work: Workspace, params: Any) -> Iterator[tuple[str, np.ndarr
             yield full, np.asarray(value.astype(stored))
 
 
-def export(work: Workspace, params: Any, out: Path, about: Mapping[str, Any], overwrite: bool) -> None:
+def export(work: RunContext, params: Any, out: Path, about: Mapping[str, Any], overwrite: bool) -> None:
     """Writes the checkpoint: whole, or not at all; of a run with one process. about: further entries of the manifest's
     `quantization`."""
     quantization = {
@@ -65,15 +65,15 @@ def export(work: Workspace, params: Any, out: Path, about: Mapping[str, Any], ov
         "activations": work.options.activations,
     } | dict(about)
     manifest = work.teacher.manifest
-    with Writer(out, overwrite=overwrite) as writer:
+    with CheckpointWriter(out, overwrite=overwrite) as writer:
         for name, value in stacked_leaves(work, params):
             layers = layer_names(name, len(value))
             for each, array in [(name, value)] if layers is None else zip(layers, value, strict=True):
                 writer.add("transformer", each, array)
-        for part in work.teacher.parts:
-            if part != "transformer":
-                for name, value in work.teacher.stream(part, work.teacher.table(part)):
-                    writer.add(part, name, value)
+        for component in work.teacher.components:
+            if component != "transformer":
+                for name, value in work.teacher.stream(component, work.teacher.table(component)):
+                    writer.add(component, name, value)
         writer.finish(
             work.config,
             tokenizers=work.teacher.tokenizers,

@@ -26,7 +26,7 @@ def bytes_of(layout: Layout) -> int:
     return sum(int(np.prod(shape)) * jnp.dtype(dtype).itemsize for shape, dtype in layout.values())
 
 
-class Writer:
+class MemmapWriter:
     """The folder while it is written: by the leading process alone, but every process must call `finish`."""
 
     def __init__(self, folder: Path, layout: Layout):
@@ -57,7 +57,7 @@ class Writer:
 
 def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """A store of arrays that are there already, of any lengths."""
-    writer = Writer(folder, {name: (value.shape, value.dtype) for name, value in arrays.items()})
+    writer = MemmapWriter(folder, {name: (value.shape, value.dtype) for name, value in arrays.items()})
     writer.write(0, arrays)
     writer.finish()
 

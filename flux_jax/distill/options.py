@@ -20,7 +20,7 @@ def option(default: Any, about: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """See each field's own text. Learning rates of latents are in codes a step: 1 is the way from code 0 to code 1."""
+    """See each field's own text. Learning rates of shadows are in codes a step: 1 is the way from code 0 to code 1."""
 
     phases: str = option("blockwise,end_to_end", "phases to run, in order: blockwise, end_to_end, or both; or none")
     seed: int = option(0, "of the prompts' order, the noise, and the batches")
@@ -40,16 +40,16 @@ class Options:
     scales: Literal["channel", "tensor"] = option("channel", "one scale per output channel, or per matrix")
     modulation: bool = option(True, "make the modulation linears ternary, too")
     activations: Literal["bf16", "int8"] = option("bf16", "int8: activations are rounded in training as at run time")
-    latent_dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "of latent weights; bfloat16 is updated with stochastic rounding"
+    shadow_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "of shadow weights; bfloat16 is updated with stochastic rounding"
     )
     train_rest: bool = option(True, "train what stays floating, too: biases, norms; end to end also the embedders")
 
-    optimizer: Literal["adam", "muon"] = option("adam", "of the latent weights; everything else has Adam")
+    optimizer: Literal["adam", "muon"] = option("adam", "of the shadow weights; everything else has Adam")
     block_steps: int = option(300, "steps for each block of phase blockwise")
     block_points: int = option(8192, "points whose hidden states phase blockwise keeps")
     block_batch: int = option(64, "points of a step")
-    block_learning_rate: float = option(1e-2, "of latent weights")
+    block_learning_rate: float = option(1e-2, "of shadow weights")
     learning_steps: int = option(10000, "steps of phase end_to_end")
     settle_steps: int = option(
         3000, "further steps of phase end_to_end, in which codes stay as they are and all floats learn; 0: none"
@@ -61,10 +61,10 @@ class Options:
     )
     batch: int = option(32, "points of a step of phase end_to_end")
     accumulate: int = option(1, "parts that a batch is worked on in, for want of memory")
-    learning_rate: float = option(4e-3, "of latent weights")
+    learning_rate: float = option(4e-3, "of shadow weights")
     settle_rate: float = option(5e-3, "in place of it in the settling steps, for the two shares that follow")
-    scale_rate: float = option(0.3, "learning rate of scales, as a share of the latents' and of the scale itself")
-    rest_rate: float = option(0.1, "learning rate of what stays floating, as a share of the latents'")
+    scale_rate: float = option(0.3, "learning rate of scales, as a share of the shadows' and of the scale itself")
+    rest_rate: float = option(0.1, "learning rate of what stays floating, as a share of the shadows'")
     warmup: float = option(0.02, "first share of a phase's steps, over which learning rates rise")
     decay: float = option(1.0, "last share of a phase's steps, over which they fall to zero")
     decay_power: float = option(

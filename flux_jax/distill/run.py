@@ -17,7 +17,7 @@ from flux_jax.checkpoints import checkpoint
 from flux_jax.distill import end_to_end, export
 from flux_jax.distill.blockwise import Blockwise
 from flux_jax.distill.options import Options
-from flux_jax.distill.run_context import Workspace, teacher_digest
+from flux_jax.distill.run_context import RunContext, teacher_digest
 from flux_jax.distill.trajectories import load_or_make
 from flux_jax.errors import UserError
 from flux_jax.io import atomic, prompts
@@ -26,12 +26,12 @@ from flux_jax.training import mesh as meshes
 TRAINING = "training"  # the folder in OUT that tells how it was made; no weight depends on it
 
 
-def prepare(teacher: str | Path, folder: Path, texts: Sequence[str], options: Options, mesh: str | None) -> Workspace:
+def prepare(teacher: str | Path, folder: Path, texts: Sequence[str], options: Options, mesh: str | None) -> RunContext:
     """The workspace in `folder`, after every check that can be made before computing. UserError for what cannot be."""
     stored = checkpoint.Checkpoint.open(teacher)
     if stored.manifest["quantization"] is not None:
         raise UserError(f"{teacher} is ternary already: distil from the checkpoint that it was made from.")
-    if missing := [part for part in ("transformer", "t5", "clip") if part not in stored.parts]:
+    if missing := [component for component in ("transformer", "t5", "clip") if component not in stored.components]:
         raise UserError(f"{teacher} lacks the {missing[0]}, which a teacher needs.")
     training, held_out = prompts.split(texts)
     different = len(training) + len(held_out)
@@ -42,12 +42,12 @@ def prepare(teacher: str | Path, folder: Path, texts: Sequence[str], options: Op
             raise UserError(f"None of the {different} different prompts is {kind}: give more.")
     batches = {"--batch": options.batch // options.accumulate, "--block-batch": options.block_batch}
     atomic.check_writable(folder / "run.json")
-    work = Workspace(folder, stored, options, meshes.make(mesh, batches), training, held_out)
+    work = RunContext(folder, stored, options, meshes.make(mesh, batches), training, held_out)
     work.begin()
     return work
 
 
-def teach(work: Workspace) -> tuple[Any, Any, dict[str, Any]]:
+def train_student(work: RunContext) -> tuple[Any, Any, dict[str, Any]]:
     """(graph, parameters) of the finished student, floats as they are stored, and what is to be told about it."""
     options, metrics = work.options, work.metrics
     held_out = load_or_make(work, "held_out", work.held_out, options.held_out)
@@ -72,7 +72,7 @@ def teach(work: Workspace) -> tuple[Any, Any, dict[str, Any]]:
             measured("blockwise", graph, params)
         if "end_to_end" in options.phase_list:
             params = end_to_end.train(work, graph, params, trajectories, before["by_step"])
-    params = export.as_stored(work, params)
+    params = export.round_to_storage(work, params)
     if "end_to_end" in options.phase_list:
         measured("end_to_end", graph, params)
     steps = {"blockwise": options.block_steps, "end_to_end": options.end_to_end_steps}
@@ -111,7 +111,7 @@ def distill(
             "A checkpoint has all block linears ternary: --no-modulation is for bench.distill_ablation only."
         )
     work = prepare(teacher, out.with_name(out.name + ".run"), texts, options, mesh)
-    _, params, about = teach(work)
+    _, params, about = train_student(work)
     if jax.process_count() > 1:
         return about
     export.export(work, params, out, about, overwrite)

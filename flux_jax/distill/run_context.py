@@ -1,12 +1,13 @@
 """What every phase of a distillation shares: teacher, options, devices, and the run's folder.
 
-In: a teacher's checkpoint, options, prompts, a mesh. Out: `Workspace`, whose `begin` refuses a folder of another run,
+In: a teacher's checkpoint, options, prompts, a mesh. Out: `RunContext`, whose `begin` refuses a folder of another run,
 one that cannot be written and a disk too small, before anything is computed.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from functools import cached_property
@@ -19,15 +20,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from flux_jax import validation
-from flux_jax.checkpoints.checkpoint import MANIFEST, Checkpoint
+from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.config import FluxConfig
 from flux_jax.distill.options import Options
 from flux_jax.errors import UserError
 from flux_jax.io import prompts
 from flux_jax.io.atomic import write_whole
-from flux_jax.models.attention import rotary
-from flux_jax.models.params import abstract_part, assemble
+from flux_jax.models.params import abstract_component, assemble
 from flux_jax.models.transformer import Transformer
+from flux_jax.runtime.environment import resolve_dtype
 from flux_jax.sampling import schedule
 from flux_jax.training import mesh as meshes
 from flux_jax.training.metrics import Metrics
@@ -37,7 +38,7 @@ SPEED_ONLY = ("save_every", "log_every", "max_skipped")  # options that may chan
 
 
 @dataclasses.dataclass
-class Workspace:
+class RunContext:
     """A run. `folder` holds all its files; training and held-out prompts are different ones, each once."""
 
     folder: Path
@@ -58,9 +59,7 @@ class Workspace:
     @cached_property
     def dtype(self) -> Any:
         """Of activations and of the teacher's weights."""
-        if self.options.dtype != "auto":
-            return jnp.dtype(self.options.dtype)
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return resolve_dtype(self.options.dtype)
 
     @property
     def steps(self) -> int:
@@ -87,9 +86,7 @@ class Workspace:
 
     @cached_property
     def rope(self) -> jax.Array:
-        transformer = self.config.transformer
-        ids = schedule.position_ids(*self.grid, self.text_tokens)
-        table = rotary(ids, transformer.axes_dim, float(transformer.theta))
+        table = schedule.rope_table(self.config.transformer, *self.grid, self.text_tokens)
         return meshes.put(table, meshes.whole(self.mesh))
 
     @property
@@ -116,7 +113,7 @@ class Workspace:
     def load_block(self, block: str, dtype: Any) -> nnx.Module:
         """One of the teacher's blocks; nothing else of it is read."""
         kind = block.split(".")[0]
-        stacked = getattr(abstract_part("transformer", self.config), kind)
+        stacked = getattr(abstract_component("transformer", self.config), kind)
         one = nnx.eval_shape(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), stacked))
         names = self.block_names(block)
 
@@ -182,7 +179,7 @@ class Workspace:
         if "end_to_end" in options.phase_list:
             count += 2 * options.own_trajectories  # a round's go when the next round's are there
         total = count * (self.steps * point + text)
-        weights = sum(_count(entry) for entry in self.teacher.table("transformer").values())
+        weights = sum(math.prod(shape) for _, shape in self.teacher.table("transformer").values())
         if "blockwise" in options.phase_list:
             total += 4 * options.block_points * (tokens + self.text_tokens) * shape.hidden_size * self.dtype.itemsize
             total += 4 * weights + 3 * 16 * weights // max(1, len(self.blocks))
@@ -191,16 +188,9 @@ class Workspace:
         return total + weights
 
 
-def _count(entry: tuple[Any, tuple[int, ...]]) -> int:
-    count = 1
-    for size in entry[1]:
-        count *= size
-    return count
-
-
 def teacher_digest(teacher: Checkpoint) -> str:
     """SHA-256 of what tells a teacher from others: the weights' hashes where the manifest has them, else all of it."""
     source = teacher.manifest.get("source") or {}
     if isinstance(source, dict) and source.get("sha256"):
         return hashlib.sha256(json.dumps(source["sha256"], sort_keys=True).encode()).hexdigest()
-    return hashlib.sha256((teacher.directory / MANIFEST).read_bytes()).hexdigest()
+    return teacher.digest

@@ -30,7 +30,7 @@ Batches = Callable[[int, Any], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FitConfig:
     """What `update` needs to know of a fit; see `Options` for the meaning of each."""
 
     steps: int
@@ -46,7 +46,7 @@ class Plan:
     ema: float
 
     @classmethod
-    def of(cls, options: Options, **own: Any) -> "Plan":
+    def of(cls, options: Options, **own: Any) -> "FitConfig":
         """The options' own numbers, but for `own`."""
         values = {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
         values["rest_rate"] = options.rest_rate if options.train_rest else 0.0
@@ -54,11 +54,11 @@ class Plan:
 
 
 def kind(path: tuple) -> str:
-    """ "latent", "scale" or "rest", by the name of a leaf."""
-    return {"latent": "latent", "log_scale": "scale"}.get(path[-1].key, "rest")
+    """ "shadow", "scale" or "rest", by the name of a leaf."""
+    return {"shadow": "shadow", "log_scale": "scale"}.get(path[-1].key, "rest")
 
 
-def schedule(plan: Plan) -> Callable[[Any], Any]:
+def schedule(plan: FitConfig) -> Callable[[Any], Any]:
     """Share of the learning rate at a step: rises linearly, stays, falls to zero as a power of what is left."""
     rise, fall = max(1.0, plan.warmup * plan.steps), max(1.0, plan.decay * plan.steps)
 
@@ -69,8 +69,8 @@ def schedule(plan: Plan) -> Callable[[Any], Any]:
     return share
 
 
-def optimizer(plan: Plan):
-    """Adam (arXiv 1412.6980) or Muon (arXiv 2502.16982, updates of Adam's size) for latents, Adam for the rest; each
+def optimizer(plan: FitConfig):
+    """Adam (arXiv 1412.6980) or Muon (arXiv 2502.16982, updates of Adam's size) for shadows, Adam for the rest; each
     kind at its own rate."""
     import optax
 
@@ -79,7 +79,7 @@ def optimizer(plan: Plan):
     def adam(rate: float):
         return optax.adam(lambda step: rate * share(step), b1=0.9, b2=0.98, eps=1e-12)
 
-    def latents():
+    def shadows():
         if plan.optimizer == "adam":
             return adam(plan.learning_rate)
         matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
@@ -91,7 +91,7 @@ def optimizer(plan: Plan):
 
     return optax.partition(
         {
-            "latent": latents(),
+            "shadow": shadows(),
             "scale": adam(plan.learning_rate * plan.scale_rate),
             "rest": adam(plan.learning_rate * plan.rest_rate) if plan.rest_rate else optax.set_to_zero(),
         },
@@ -117,29 +117,29 @@ def store_as(like: Any, wide: Any, key: Array) -> Any:
     return jax.tree.unflatten(structure, stored)
 
 
-def widen(tree: Any) -> Any:
+def to_float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def gradients(loss, plan: Plan, params: Any, batch: Any, frozen: Any):
+def gradients(loss, plan: FitConfig, params: Any, batch: Any, frozen: Any):
     """(loss, gradient) in float32, the means over `plan.accumulate` parts of the batch."""
     if plan.accumulate == 1:
         value, gradient = jax.value_and_grad(loss)(params, batch, frozen)
-        return value, widen(gradient)
+        return value, to_float32(gradient)
     # Part j takes rows j, j + parts, ...: each device's rows stay where they are.
     parts = jax.tree.map(lambda x: x.reshape(-1, plan.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
         value, gradient = jax.value_and_grad(loss)(params, part, frozen)
-        return jax.tree.map(jnp.add, total, (value, widen(gradient))), None
+        return jax.tree.map(jnp.add, total, (value, to_float32(gradient))), None
 
-    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, widen(params)))
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, to_float32(params)))
     total, _ = jax.lax.scan(add, zero, parts)
     return jax.tree.map(lambda x: x / plan.accumulate, total)
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "plan", "mesh"), donate_argnames="state")
-def update(loss, plan: Plan, mesh: Mesh, state: dict, batch: dict, frozen: Any, step: Int[Array, ""]):
+def update(loss, plan: FitConfig, mesh: Mesh, state: dict, batch: dict, frozen: Any, step: Int[Array, ""]):
     """(state, loss, gradient norm) after one step. A loss or gradient that is not finite changes nothing but the count
     `state["skipped"]`; every random draw is a function of (seed, step)."""
     import optax
@@ -147,11 +147,11 @@ def update(loss, plan: Plan, mesh: Mesh, state: dict, batch: dict, frozen: Any, 
     value, gradient = gradients(loss, plan, state["params"], batch, frozen)
     gradient = meshes.place_parameters(mesh, gradient)
     norm = optax.tree.norm(gradient)
-    params, mean = widen(state["params"]), widen(state["ema"])
+    params, mean = to_float32(state["params"]), to_float32(state["ema"])
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
         updates, optimizer_state = optimizer(plan).update(gradient, state["optimizer"], params)
     moved = jax.tree_util.tree_map_with_path(
-        lambda path, p, u: jnp.clip(p + u, -LARGEST, LARGEST) if kind(path) == "latent" else p + u, params, updates
+        lambda path, p, u: jnp.clip(p + u, -LARGEST, LARGEST) if kind(path) == "shadow" else p + u, params, updates
     )
     count = step.astype(jnp.float32)
     decay = jnp.minimum(plan.ema, (1 + count) / (10 + count))  # the first means are of few weights
@@ -170,12 +170,12 @@ def update(loss, plan: Plan, mesh: Mesh, state: dict, batch: dict, frozen: Any, 
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "mesh"))
-def begin(plan: Plan, mesh: Mesh, params: Any) -> dict:
+def init_state(plan: FitConfig, mesh: Mesh, params: Any) -> dict:
     """The state before the first step."""
     state = {
         "params": params,
         "ema": jax.tree.map(jnp.copy, params),
-        "optimizer": optimizer(plan).init(widen(params)),
+        "optimizer": optimizer(plan).init(to_float32(params)),
         "skipped": jnp.int32(0),
     }
     return meshes.place_parameters(mesh, state)
@@ -187,7 +187,7 @@ class Fit:
 
     folder: Path
     phase: str
-    plan: Plan
+    plan: FitConfig
     options: Options
     mesh: Mesh
     metrics: Metrics
@@ -197,7 +197,7 @@ class Fit:
         there is always a checkpoint. UserError once more than `options.max_skipped` steps were not finite."""
         from orbax.checkpoint import v1 as ocp
 
-        state, step = begin(self.plan, self.mesh, params), 0
+        state, step = init_state(self.plan, self.mesh, params), 0
         checkpoints = ocp.training.Checkpointer(
             (self.folder / "checkpoints").absolute(),
             preservation_policy=ocp.training.preservation_policies.LatestN(2),

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.distill import memmap_store
-from flux_jax.distill.run_context import Workspace
+from flux_jax.distill.run_context import RunContext
 from flux_jax.errors import UserError
 from flux_jax.models.transformer import Transformer
 from flux_jax.sampling import programs
@@ -53,7 +53,7 @@ def noises(
 
 
 @functools.partial(jax.jit, static_argnames="noisy")
-def follow(
+def rollout(
     transformer: Transformer,
     noise: Float[Array, "b i c"],
     text: Float[Array, "b t d"],
@@ -69,8 +69,7 @@ def follow(
     batch = len(noise)
 
     def velocity(model, x, now):
-        modulation = model.modulation(jnp.full((batch,), now), jnp.full((batch,), guidance), pooled)
-        return model(x.astype(text.dtype), text, modulation, rope).astype(STORED)
+        return model.velocity(x, jnp.full((batch,), now), guidance, text, pooled, rope).astype(STORED)
 
     def body(x, levels):
         now, after, index = levels
@@ -88,7 +87,7 @@ def follow(
 class Trajectories:
     """`count` trajectories of a workspace, read from its folder."""
 
-    def __init__(self, work: Workspace, folder: Path, count: int, chunk: int):
+    def __init__(self, work: RunContext, folder: Path, count: int, chunk: int):
         self.sigmas, self.count, self.chunk, self.steps = work.sigmas, count, chunk, work.steps
         self._chunks = [memmap_store.open_store(path) for path in chunk_paths(folder, count, chunk)]
 
@@ -116,7 +115,7 @@ def chunk_paths(folder: Path, count: int, chunk: int) -> list[Path]:
 
 
 def load_or_make(
-    work: Workspace, name: str, prompts: list[str], count: int, *, first: int = 0, driver: Transformer | None = None
+    work: RunContext, name: str, prompts: list[str], count: int, *, first: int = 0, driver: Transformer | None = None
 ) -> Trajectories:
     """The trajectories first, first + 1, ... in the run's folder `name`, after making those that are not there, on the
     teacher's way or the driver's. UserError where the teacher's latents or texts leave float16."""
@@ -125,7 +124,9 @@ def load_or_make(
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     if missing:
         apart = name == "held_out"  # measured on what is sampled, whatever was trained on
-        maker = Maker(work, 2 * work.options.seed + apart, work.options.points == "noise" and not apart, driver)
+        maker = TrajectorySampler(
+            work, 2 * work.options.seed + apart, work.options.points == "noise" and not apart, driver
+        )
         texts = order(prompts, work.options.seed, first + count)[first:]
         done, hidden = len(paths) - len(missing), jax.process_index() > 0
         for i in tqdm(missing, desc=name, initial=done, total=len(paths), mininterval=2, disable=hidden):
@@ -139,13 +140,13 @@ def load_or_make(
     return Trajectories(work, folder, count, chunk)
 
 
-class Maker:
+class TrajectorySampler:
     """The teacher with its encoders, ready to sample."""
 
-    def __init__(self, work: Workspace, seed: int, noisy: bool = False, driver: Transformer | None = None):
+    def __init__(self, work: RunContext, seed: int, noisy: bool = False, driver: Transformer | None = None):
         self.work, self.seed, self.noisy, self.driver = work, np.uint32(seed % 2**32), noisy, driver
         self.tokenizers = Tokenizers.load(work.teacher.tokenizers, work.config)
-        self.t5, self.clip = (work.teacher.load(part, work.dtype) for part in ("t5", "clip"))
+        self.t5, self.clip = (work.teacher.load(component, work.dtype) for component in ("t5", "clip"))
         self.transformer = work.load_teacher()
 
     def encode(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -168,6 +169,6 @@ class Maker:
             (np.asarray(noise), text.astype(work.dtype), pooled.astype(work.dtype)), meshes.by_row(work.mesh)
         )
         scalars = meshes.put((np.float32(work.guidance), work.sigmas), meshes.whole(work.mesh))
-        x, v = follow(self.transformer, *inputs, *scalars, work.rope, self.noisy, self.driver)
+        x, v = rollout(self.transformer, *inputs, *scalars, work.rope, self.noisy, self.driver)
         x, v = meshes.fetch((x, v))
         return {"x": x[:count], "velocity": v[:count], "text": text[:count], "pooled": pooled[:count]}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flux_jax.distill.trajectories import follow
+from flux_jax.distill.trajectories import rollout
 
 
 def compare(
@@ -29,9 +29,8 @@ def compare(
 
         def one(_, points):
             x, sigma = points
-            levels, scales = jnp.full(x.shape[:1], sigma), jnp.full(x.shape[:1], guidance)
-            modulation = transformer.modulation(levels, scales, pooled)
-            return None, transformer(x.astype(text.dtype), text, modulation, rope).astype(jnp.float32)
+            v = transformer.velocity(x, jnp.full(x.shape[:1], sigma), jnp.float32(guidance), text, pooled, rope)
+            return None, v.astype(jnp.float32)
 
         return jnp.moveaxis(jax.lax.scan(one, None, (jnp.moveaxis(x, 1, 0), sigmas[:steps]))[1], 0, 1)
 
@@ -45,14 +44,14 @@ def compare(
     power, ends = np.zeros(steps), []
     for noise, text, pooled in chunks:
         given = (text, pooled, np.float32(guidance), sigmas, rope)
-        theirs = follow(teacher, noise, *given, False)
+        theirs = rollout(teacher, noise, *given, False)
         ends.append(end(theirs))
         expected = np.asarray(theirs[1], np.float64)
         power += np.square(expected).sum((0, 2, 3))
         for name, student in students.items():
             found = np.asarray(velocities(student, theirs[0], text, pooled, sigmas, rope, steps), np.float64)
             wrong[name] += np.square(found - expected).sum((0, 2, 3))
-            differences[name].append(end(follow(student, noise, *given, False)) - ends[-1])
+            differences[name].append(end(rollout(student, noise, *given, False)) - ends[-1])
     latents = np.concatenate(ends)
     span = float(latents.max() - latents.min())
     return {

@@ -8,11 +8,11 @@ paper's "no kernel"), triton, or interpret, which runs the Triton kernels on any
 
 import contextlib
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux_jax.errors import UserError
+from flux_jax.validation import ACTIVATIONS, OFFLOAD_MODES
 
 if TYPE_CHECKING:
     from flux_jax.config import FluxConfig
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 OPTIONS = {
     "dtype": ("auto", "float32", "bfloat16"),
-    "activations": ("bf16", "int8"),
+    "activations": ACTIVATIONS,
     "kernel": ("auto", "xla", "triton", "interpret"),
-    "offload": ("none", "model", "layers"),
+    "offload": OFFLOAD_MODES,
 }
 IMPLEMENTATIONS = {"xla": "xla", "triton": "triton", "interpret": "triton"}  # of a kernel; else the layer's own choice
 ANY_GPU = "8.0"  # a compute capability that the kernels accept, for the interpreter
@@ -67,7 +67,7 @@ class Variant:
     def config(self) -> "FluxConfig":
         """Of the checkpoint. UserError where there is none, or an option does not fit it or the device."""
         from flux_jax.checkpoints.checkpoint import Checkpoint
-        from pallas_kernels.settings import current_target, supported
+        from pallas_kernels.dispatch import current_target, supported
 
         stored = Checkpoint.open(self.model)
         if (self.kernel or self.activations) and stored.quantization is None:
@@ -80,15 +80,14 @@ class Variant:
 
     def identity(self) -> dict[str, Any]:
         """What decides its pictures, for records: name and SHA-256 of the checkpoint's manifest, and the options."""
-        from flux_jax.checkpoints.checkpoint import MANIFEST, Checkpoint
+        from flux_jax.checkpoints.checkpoint import Checkpoint
         from flux_jax.runtime.environment import resolve_dtype
 
         stored = Checkpoint.open(self.model)
-        digest = hashlib.sha256((stored.directory / MANIFEST).read_bytes()).hexdigest()
         options = {"activations": self.activations, "kernel": self.kernel}  # where parts lie changes no picture
         return {
             "name": stored.config.name,
-            "sha256": digest,
+            "sha256": stored.digest,
             "dtype": str(resolve_dtype(self.dtype or "auto")),
             **{name: value for name, value in options.items() if value is not None},
         }
@@ -109,7 +108,7 @@ class Variant:
 
     def tracing(self) -> contextlib.AbstractContextManager[None]:
         """Its pipelines must be called within this: it tells the kernels where they run."""
-        from pallas_kernels.settings import Target, compiling_for
+        from pallas_kernels.dispatch import Target, compiling_for
 
         target = Target("interpret", ANY_GPU, "interpret")
         return compiling_for(target) if self.kernel == "interpret" else contextlib.nullcontext()

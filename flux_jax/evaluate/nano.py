@@ -26,7 +26,7 @@ from flux_jax.nano.oracle import Verdict, score
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class CaptionTask:
     """One picture of the evaluation."""
 
     index: int
@@ -37,9 +37,9 @@ class Task:
         return out / self.caption.tag / f"{self.index:03d}.png"
 
 
-def tasks(seed: int = 0, every: int = 1) -> list[Task]:
+def tasks(seed: int = 0, every: int = 1) -> list[CaptionTask]:
     """The 553 pictures, or each `every`-th of every tag (the same ones always)."""
-    return [Task(i, caption, seed + i) for i, caption in enumerate(evaluation_captions())][::every]
+    return [CaptionTask(i, caption, seed + i) for i, caption in enumerate(evaluation_captions())][::every]
 
 
 def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int = 1, **sampling: Any) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int =
     return result
 
 
-def overview(planned: list[Task], rows: list[dict[str, Any]], out: Path, columns: int = 8) -> Image.Image:
+def overview(planned: list[CaptionTask], rows: list[dict[str, Any]], out: Path, columns: int = 8) -> Image.Image:
     """A row of pictures for each tag, evenly spread over its captions."""
     chosen = [i for places in spread([entry["tag"] for entry in rows], columns).values() for i in places]
     return sheet([(planned[i].path(out), rows[i]["prompt"], rows[i]["correct"]) for i in chosen], columns)
@@ -83,7 +83,7 @@ def spread(tags: Sequence[str], each: int) -> dict[str, list[int]]:
     return {tag: [found[k * len(found) // each] for k in range(each)] for tag, found in places.items() if found}
 
 
-def examples(each: int, seed: int = 0) -> list[Task]:
+def examples(each: int, seed: int = 0) -> list[CaptionTask]:
     """`each` of every tag's held-out captions, evenly spread, a tag in every sixth place, with the seeds of `tasks`."""
     planned = tasks(seed)
     places = spread([task.caption.tag for task in planned], each)
@@ -97,7 +97,7 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def row(task: Task, verdict: Verdict) -> dict[str, Any]:
+def row(task: CaptionTask, verdict: Verdict) -> dict[str, Any]:
     """A verdict as a line of `verdicts.jsonl`."""
     return {
         "index": task.index,

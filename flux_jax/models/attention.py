@@ -12,7 +12,7 @@ from pallas_kernels import current_target
 from pallas_kernels.reference import precision
 
 
-def rotary(ids: np.ndarray, axes_dim: tuple[int, ...], theta: float) -> np.ndarray:
+def rope_cos_sin(ids: np.ndarray, axes_dim: tuple[int, ...], theta: float) -> np.ndarray:
     """Cosines and sines [2, t, d / 2] (float32) of every token's position angles, d = sum(axes_dim).
 
     ids [t, axes] are positions along each axis (for FLUX: 0, row, column). Axis a with width w turns its i-th pair of
@@ -29,7 +29,7 @@ def rotary(ids: np.ndarray, axes_dim: tuple[int, ...], theta: float) -> np.ndarr
     return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
-def rotate(x: Float[Array, "b t h d"], rope: Float[Array, "2 t d/2"]) -> Float[Array, "b t h d"]:
+def apply_rope(x: Float[Array, "b t h d"], rope: Float[Array, "2 t d/2"]) -> Float[Array, "b t h d"]:
     """Turn each interleaved pair of channels (2i, 2i + 1) by its position's angle, in float32 (RoFormer, 3.2)."""
     cos, sin = rope[:, None, :, None]
     even, odd = jnp.unstack(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), axis=-1)

@@ -11,21 +11,21 @@ from jaxtyping import Array, Float
 
 from flux_jax.config import TransformerConfig
 from flux_jax.models.attention import attention
-from flux_jax.models.fused_linear import gated, modulated
+from flux_jax.models.fused_linear import gated_linear, modulated_linear
 from flux_jax.models.layers import Linear, RMSNorm
-from pallas_kernels.fused import EPS, Gelu, NormRotary
+from pallas_kernels.epilogues import EPS, Gelu, NormRope
 
 
-def heads(x: Float[Array, "b t n"], config: TransformerConfig) -> Float[Array, "b t h d"]:
+def split_heads(x: Float[Array, "b t n"], config: TransformerConfig) -> Float[Array, "b t h d"]:
     return x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
 
 
 def projections(
     query_norm: RMSNorm, key_norm: RMSNorm, width: int, rope: Float[Array, "2 t half"]
-) -> list[tuple[int, NormRotary | None]]:
+) -> list[tuple[int, NormRope | None]]:
     """The parts of a product that are queries, keys and values: `width` channels each, queries and keys with norm and
     turn."""
-    then = NormRotary(query_norm.weight[...], rope), NormRotary(key_norm.weight[...], rope), None
+    then = NormRope(query_norm.weight[...], rope), NormRope(key_norm.weight[...], rope), None
     return [(width, epilogue) for epilogue in then]
 
 
@@ -46,22 +46,22 @@ class Stream(nnx.Module):
     def project(
         self, x: Float[Array, "b t d"], mod: list[Float[Array, "b d"]], rope: Float[Array, "2 t half"]
     ) -> list[Float[Array, "b t h w"]]:
-        """Queries and keys, normalised and turned, and values; mod: shift and scale."""
+        """Queries and keys, normalised and with their rotary positions, and values; mod: shift and scale."""
         shift, scale = mod
         parts = projections(self.query_norm, self.key_norm, self.config.hidden_size, rope)
-        return [heads(y, self.config) for y in modulated(self.qkv, x, shift, scale, *parts)]
+        return [split_heads(y, self.config) for y in modulated_linear(self.qkv, x, shift, scale, *parts)]
 
-    def leave(
+    def finish_block(
         self, x: Float[Array, "b t d"], attended: Float[Array, "b t a"], mod: list[Float[Array, "b d"]]
     ) -> Float[Array, "b t d"]:
         """x with what attention found, and then with what the MLP makes of it; mod: gate; shift, scale and gate."""
         gate, mlp_shift, mlp_scale, mlp_gate = mod
-        x = gated(self.proj, [attended], gate, x)
-        (hidden,) = modulated(self.mlp_in, x, mlp_shift, mlp_scale, (self.config.mlp_dim, Gelu()))
-        return gated(self.mlp_out, [hidden], mlp_gate, x)
+        x = gated_linear(self.proj, [attended], gate, x)
+        (hidden,) = modulated_linear(self.mlp_in, x, mlp_shift, mlp_scale, (self.config.mlp_dim, Gelu()))
+        return gated_linear(self.mlp_out, [hidden], mlp_gate, x)
 
 
-class DoubleBlock(nnx.Module):
+class DoubleStreamBlock(nnx.Module):
     """Image and text keep their own weights and meet in one attention."""
 
     def __init__(self, config: TransformerConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -82,11 +82,11 @@ class DoubleBlock(nnx.Module):
         projected = [stream.project(x, mod[:2], turn) for (stream, x, mod), turn in zip(streams, turns, strict=True)]
         q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*projected, strict=True))
         attended = jnp.split(attention(q, k, v), [t], axis=1)
-        txt, img = (stream.leave(x, a, mod[2:]) for (stream, x, mod), a in zip(streams, attended, strict=True))
+        txt, img = (stream.finish_block(x, a, mod[2:]) for (stream, x, mod), a in zip(streams, attended, strict=True))
         return img, txt
 
 
-class SingleBlock(nnx.Module):
+class SingleStreamBlock(nnx.Module):
     """Text and image share weights; attention and MLP run side by side and leave through one projection."""
 
     def __init__(self, config: TransformerConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -103,6 +103,6 @@ class SingleBlock(nnx.Module):
     ) -> Float[Array, "b t d"]:
         shift, scale, gate = jnp.split(mod, 3, -1)
         parts = projections(self.query_norm, self.key_norm, self.config.hidden_size, rope)
-        *qkv, hidden = modulated(self.linear1, x, shift, scale, *parts, (self.config.mlp_dim, Gelu()))
-        attended = attention(*(heads(y, self.config) for y in qkv))
-        return gated(self.linear2, [attended, hidden], gate, x)
+        *qkv, hidden = modulated_linear(self.linear1, x, shift, scale, *parts, (self.config.mlp_dim, Gelu()))
+        attended = attention(*(split_heads(y, self.config) for y in qkv))
+        return gated_linear(self.linear2, [attended, hidden], gate, x)

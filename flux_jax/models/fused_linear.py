@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flux_jax.models.attention import rotate
+from flux_jax.models.attention import apply_rope
 from flux_jax.models.layers import layer_norm, rms_norm
 from flux_jax.models.ternary import TernaryLinear
-from pallas_kernels.fused import EPS, GatedResidual, Gelu, NormRotary, concatenate_quantize, norm_modulate_quantize
+from pallas_kernels.epilogues import EPS, GatedResidual, Gelu, NormRope
+from pallas_kernels.fused import concatenate_quantize, norm_modulate_quantize
 
 
 def modulate(x: Float[Array, "b t d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b t d"]:
@@ -30,12 +31,12 @@ def modulate(x: Float[Array, "b t d"], shift: Float[Array, "b d"], scale: Float[
     return layer_norm(x, EPS) * (1 + scale[:, None]) + shift[:, None]
 
 
-def modulated(
+def modulated_linear(
     linear: nnx.Module,
     x: Float[Array, "b t d"],
     shift: Float[Array, "b d"],
     scale: Float[Array, "b d"],
-    *parts: tuple[int, Gelu | NormRotary | None],
+    *parts: tuple[int, Gelu | NormRope | None],
 ) -> list[Array]:
     """linear(modulate(x, shift, scale)) cut into parts: how many channels each has, and what is done with them.
 
@@ -61,18 +62,18 @@ def modulated(
     return _either(fused, apart, linear)((linear, [epilogue for _, epilogue in parts]), x, shift, scale)
 
 
-def _finished(y: Float[Array, "b t n"], epilogue: Gelu | NormRotary | None) -> Float[Array, "b t n"]:
-    """`pallas_kernels.fused.finish`, rounded to y's dtype in between as a model in floating point rounds."""
+def _finished(y: Float[Array, "b t n"], epilogue: Gelu | NormRope | None) -> Float[Array, "b t n"]:
+    """`pallas_kernels.epilogues.finish`, rounded to y's dtype in between as a model in floating point rounds."""
     match epilogue:
         case Gelu():
             return jax.nn.gelu(y, approximate=True)
-        case NormRotary(weight, rope):
+        case NormRope(weight, rope):
             heads = y.reshape(*y.shape[:2], -1, weight.shape[0])
-            return rotate(rms_norm(heads, weight, EPS), rope).reshape(y.shape)
+            return apply_rope(rms_norm(heads, weight, EPS), rope).reshape(y.shape)
     return y
 
 
-def gated(
+def gated_linear(
     linear: nnx.Module,
     parts: Sequence[Float[Array, "b t _"]],
     gate: Float[Array, "b d"],

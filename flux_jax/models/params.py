@@ -1,9 +1,9 @@
-"""The four parts of a model as tables of weights: what a part needs, and a part put together from them.
+"""The four components of a model as tables of weights: what a component needs, and a component assembled from them.
 
-In: a part's name ("transformer", "t5", "clip", "vae") and a `FluxConfig`. Out: `leaf_table`, the shape of every weight
-under the name it has outside the program, and `assemble`, the module with those weights in it. A stacked leaf of the
-program (`double_blocks.img.qkv.weight` [19, n, k]) is one weight a layer outside (`double_blocks.7.img.qkv.weight` [n,
-k]): that is how weights are published, and nothing that converts or loads them has to hold 19 layers at once.
+In: a component's name ("transformer", "t5", "clip", "vae") and a `FluxConfig`. Out: `leaf_table`, the shape of every
+weight under the name it has outside the program, and `assemble`, the module with those weights in it. A stacked leaf of
+the program (`double_blocks.img.qkv.weight` [19, n, k]) is one weight a layer outside (`double_blocks.7.img.qkv.weight`
+[n, k]): that is how weights are published, and nothing that converts or loads them has to hold 19 layers at once.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from flux_jax.config import FluxConfig
 
-PARTS = {
+COMPONENTS = {
     "transformer": ("flux_jax.models.transformer", "Transformer"),
     "t5": ("flux_jax.models.t5", "T5Encoder"),
     "clip": ("flux_jax.models.clip", "CLIPText"),
@@ -37,17 +37,17 @@ def dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def abstract_part(
-    part: str,
+def abstract_component(
+    component: str,
     config: FluxConfig,
     dtype=jnp.float32,
     change: Callable[[nnx.Module], nnx.Module] = lambda module: module,
 ) -> nnx.Module:
-    """The part's module, `change`d into the form wanted, with shapes for arrays: costs no memory and draws no random
-    number."""
-    module, name = PARTS[part]
+    """The component's module, `change`d into the form wanted, with shapes for arrays: costs no memory and draws no
+    random number."""
+    module, name = COMPONENTS[component]
     cls = getattr(importlib.import_module(module), name)
-    return nnx.eval_shape(lambda: change(cls(getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0))))
+    return nnx.eval_shape(lambda: change(cls(getattr(config, component), dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def target_dtype(name: str, stored: Any, dtype: Any) -> Any:
@@ -61,6 +61,11 @@ def layer_names(path: str, layers: int) -> list[str] | None:
     """The outside names of a stacked leaf, one a layer; None for a leaf that is not stacked."""
     head, _, rest = path.partition(".")
     return [f"{head}.{i}.{rest}" for i in range(layers)] if head in STACKED else None
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all leaves: arrays, or shapes of arrays."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def leaf_table(module: nnx.Module) -> dict[str, tuple[int, ...]]:
@@ -112,25 +117,25 @@ def assemble(
         names = {path: [dotted(path)] if each is None else each for path, each in layers.items()}
         weights = dict(read([name for each in names.values() for name in each]))
         for path, variable in batch:
-            parts = [weights.pop(name) for name in names[path]]
-            stored = parts[0].dtype if parts else variable.dtype  # a model may have no block of a kind
+            values = [weights.pop(name) for name in names[path]]
+            stored = values[0].dtype if values else variable.dtype  # a model may have no block of a kind
             host = np.empty(variable.shape, target_dtype(dotted(path), stored, dtype))
-            for i, value in enumerate(parts):
+            for i, value in enumerate(values):
                 host[... if layers[path] is None else i] = value
             place = placement_of(sharding, dotted(path), host.shape)
             filled.append((path, variable.replace(jax.make_array_from_callback(host.shape, place, host.__getitem__))))
     return nnx.merge(definition, nnx.from_flat_state(filled))
 
 
-def batches(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+def batches(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
     """The items, in order, in lists of at most `limit` bytes; one that is larger has a list of its own."""
     batch, held = [], 0
     for item in items:
-        size = nbytes(item)
-        if batch and held + size > limit:
+        needed = size(item)
+        if batch and held + needed > limit:
             yield batch
             batch, held = [], 0
         batch.append(item)
-        held += size
+        held += needed
     if batch:
         yield batch

@@ -22,7 +22,7 @@ from flax import nnx
 
 from flux_jax.config import FluxConfig
 from flux_jax.models.layers import Linear
-from flux_jax.models.params import abstract_part, dotted, leaf_table
+from flux_jax.models.params import abstract_component, dotted, leaf_table
 from flux_jax.models.ternary import TernaryLinear, module_at
 
 METHODS = ("least-squares", "absmean")
@@ -130,20 +130,20 @@ def abstract_ternary(config: FluxConfig, dtype: Any = jnp.float32, *, activation
     """The ternary transformer of a configuration with shapes for arrays; dtype: of all that is neither codes nor
     scales."""
     change = functools.partial(quantize_transformer, method="absmean", activations=activations)
-    return abstract_part("transformer", config, dtype, change)
+    return abstract_component("transformer", config, dtype, change)
 
 
 def ternary_paths(config: FluxConfig) -> dict[str, tuple[int, int]]:
     """Path of each ternary layer ("double_blocks.7.img.qkv") -> its weight's shape (n, k). FLUX.1-dev has 304:
     queries, keys and values are one matrix here, so these are 494 linears in the published files."""
-    table = leaf_table(abstract_part("transformer", config))
+    table = leaf_table(abstract_component("transformer", config))
     split = ((name.rpartition("."), shape) for name, shape in table.items())
     return {path: (shape[0], shape[1]) for (path, _, kind), shape in split if kind == "weight" and is_ternary(path)}
 
 
-def report(config: FluxConfig) -> str:
+def quantization_report(config: FluxConfig) -> str:
     """A table of every layer of the transformer, what it becomes and how many parameters it has; totals below."""
-    table = leaf_table(abstract_part("transformer", config))
+    table = leaf_table(abstract_component("transformer", config))
     rows: dict[tuple[str, str], list[tuple[int, ...]]] = {}
     for name, shape in table.items():
         path, _, kind = name.rpartition(".")

@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int8
 
 from pallas_kernels import pack_ternary, ternary_matmul, unpack_ternary
-from pallas_kernels.fused import Epilogue, fused_matmul
-from pallas_kernels.settings import ACTIVATIONS
+from pallas_kernels.dispatch import ACTIVATIONS
+from pallas_kernels.epilogues import Epilogue
+from pallas_kernels.fused import fused_matmul
 
 
 class PackedTernary(nnx.Variable):

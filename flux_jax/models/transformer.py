@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flux_jax.config import TransformerConfig
-from flux_jax.models.blocks import DoubleBlock, SingleBlock
+from flux_jax.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from flux_jax.models.fused_linear import modulate
 from flux_jax.models.layers import Linear, stack
 from flux_jax.models.ternary import scan_blocks
@@ -32,7 +32,7 @@ class Modulation(NamedTuple):
     final: Float[Array, "*s b 2*d"]
 
 
-def sinusoidal(t: Float[Array, " b"], width: int, max_period: float = 10_000.0) -> Float[Array, "b {width}"]:
+def timestep_embedding(t: Float[Array, " b"], width: int, max_period: float = 10_000.0) -> Float[Array, "b {width}"]:
     """cos and sin of 1000 t max_period ** (-2i / width), cosines first (BFL `timestep_embedding`), float32."""
     half = width // 2
     # Angles reach thousands of radians, where a frequency's last bit shows: the exponent is rounded to float32 as in
@@ -43,7 +43,7 @@ def sinusoidal(t: Float[Array, " b"], width: int, max_period: float = 10_000.0) 
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class Embedder(nnx.Module):
+class MLPEmbedder(nnx.Module):
     """Two linears with SiLU between: [..., d_in] -> [..., d]."""
 
     def __init__(self, d_in: int, d: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -71,13 +71,15 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         d = config.hidden_size
-        self.time_in = Embedder(config.timestep_dim, d, dtype=dtype, rngs=rngs)
-        self.vector_in = Embedder(config.pooled_dim, d, dtype=dtype, rngs=rngs)
-        self.guidance_in = Embedder(config.timestep_dim, d, dtype=dtype, rngs=rngs) if config.guidance_embeds else None
+        self.time_in = MLPEmbedder(config.timestep_dim, d, dtype=dtype, rngs=rngs)
+        self.vector_in = MLPEmbedder(config.pooled_dim, d, dtype=dtype, rngs=rngs)
+        self.guidance_in = (
+            MLPEmbedder(config.timestep_dim, d, dtype=dtype, rngs=rngs) if config.guidance_embeds else None
+        )
         self.img_in = Linear(config.in_channels, d, dtype=dtype, rngs=rngs)
         self.txt_in = Linear(config.text_dim, d, dtype=dtype, rngs=rngs)
-        self.double_blocks = stack(DoubleBlock, config.num_double_blocks, config, dtype=dtype, rngs=rngs)
-        self.single_blocks = stack(SingleBlock, config.num_single_blocks, config, dtype=dtype, rngs=rngs)
+        self.double_blocks = stack(DoubleStreamBlock, config.num_double_blocks, config, dtype=dtype, rngs=rngs)
+        self.single_blocks = stack(SingleStreamBlock, config.num_single_blocks, config, dtype=dtype, rngs=rngs)
         self.final_layer = FinalLayer(config, dtype=dtype, rngs=rngs)
         self.config = config
         self.rematerialise = False  # where memory is short: each block is computed again for its gradients
@@ -88,11 +90,11 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "b d"]:
         """What every layer's modulation is a linear function of; arguments as of `modulation`."""
         dtype, width = pooled.dtype, self.config.timestep_dim
-        vec = self.time_in(sinusoidal(timesteps, width).astype(dtype)) + self.vector_in(pooled)
+        vec = self.time_in(timestep_embedding(timesteps, width).astype(dtype)) + self.vector_in(pooled)
         if self.guidance_in is not None:
             if guidance is None:
                 raise ValueError("this model embeds guidance: pass `guidance`, float32 [b]")
-            vec = vec + self.guidance_in(sinusoidal(guidance, width).astype(dtype))
+            vec = vec + self.guidance_in(timestep_embedding(guidance, width).astype(dtype))
         return jax.nn.silu(vec)
 
     def modulation(
@@ -120,9 +122,22 @@ class Transformer(nnx.Module):
         modulation: Modulation,
         rope: Float[Array, "2 t+i half"],
     ) -> Float[Array, "b i c"]:
-        return self.velocity(*self.streams(img, txt, modulation, rope), modulation, rope)
+        return self.single_stage(*self.double_stage(img, txt, modulation, rope), modulation, rope)
 
-    def streams(
+    def velocity(
+        self,
+        x: Float[Array, "b i c"],
+        t: Float[Array, " b"],
+        guidance: Float[Array, ""],
+        text: Float[Array, "b k d"],
+        pooled: Float[Array, "b p"],
+        rope: Float[Array, "2 k+i half"],
+    ) -> Float[Array, "b i c"]:
+        """v(x_t, t) of each row by itself, modulation included, in text's dtype; x of any float dtype."""
+        modulation = self.modulation(t, jnp.full(t.shape, guidance), pooled)
+        return self(x.astype(text.dtype), text, modulation, rope)
+
+    def double_stage(
         self,
         img: Float[Array, "b i c"],
         txt: Float[Array, "b t k"],
@@ -138,7 +153,7 @@ class Transformer(nnx.Module):
         start, modulations = (self.img_in(img), self.txt_in(txt)), (modulation.double_img, modulation.double_txt)
         return scan_blocks(self._per_layer(double), start, self.double_blocks, *modulations, unroll=self.unroll)
 
-    def velocity(
+    def single_stage(
         self,
         img: Float[Array, "b i d"],
         txt: Float[Array, "b t d"],

@@ -29,7 +29,7 @@ from flux_jax.io.atomic import write_whole
 from flux_jax.models.params import leaves
 from flux_jax.models.vae import VAE
 from flux_jax.nano.captions import sample
-from flux_jax.nano.runs import Folder
+from flux_jax.nano.runs import RunDirectory
 from flux_jax.nano.scenes import render
 
 KL_WEIGHT = 6e-4
@@ -158,7 +158,7 @@ def train(out: Path, *, steps: int, seed: int, config: VAEConfig | None = None, 
     """Runs a training in the folder `out`, or goes on with it; config and size of the pictures are nano's by default.
     FloatingPointError when the loss is no longer finite."""
     config, size = config or nano().vae, size or nano().sampling.height
-    run, folder = Run(config, size, seed, steps), Folder(out)
+    run, folder = Run(config, size, seed, steps), RunDirectory(out)
     run.state, first = folder.restore(run.state)
     folder.forget_after(first)
     last, samples = time.monotonic(), 0

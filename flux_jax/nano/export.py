@@ -24,7 +24,7 @@ from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import FluxConfig, nano
 from flux_jax.errors import UserError
 from flux_jax.io import atomic
-from flux_jax.models.params import abstract_part, assemble, leaves
+from flux_jax.models.params import abstract_component, assemble, leaves
 from flux_jax.models.vae import VAE
 from flux_jax.nano import vocabulary
 from flux_jax.nano.captions import VOCABULARY
@@ -43,7 +43,7 @@ def load_vae(folder: Path) -> tuple[FluxConfig, VAE]:
     scale = {"scaling_factor": round(1 / about["latent_std"], 4), "shift_factor": round(about["latent_mean"], 4)}
     config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, **scale))
     with np.load(folder / "vae.npz") as arrays:
-        module = assemble(abstract_part("vae", config), lambda names: {name: arrays[name] for name in names})
+        module = assemble(abstract_component("vae", config), lambda names: {name: arrays[name] for name in names})
     assert isinstance(module, VAE)
     return config, module
 
@@ -72,14 +72,14 @@ def tokenizers(run: Path, config: FluxConfig) -> Tokenizers:
     return Tokenizers.load(folder, config)
 
 
-def digests(parts: Mapping[str, nnx.Module]) -> dict[str, str]:
-    """SHA-256 of each part's weights, in order of their names: two trainings never look the same."""
+def digests(components: Mapping[str, nnx.Module]) -> dict[str, str]:
+    """SHA-256 of each component's weights, in order of their names: two trainings never look the same."""
     found = {}
-    for part, module in parts.items():
+    for component, module in components.items():
         digest = hashlib.sha256()
         for name, value in sorted(leaves(module), key=lambda item: item[0]):
             digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
-        found[part] = digest.hexdigest()
+        found[component] = digest.hexdigest()
     return found
 
 
@@ -90,15 +90,15 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
     phase = "guidance" if (run / "guidance").exists() else "flow"
     networks, encoders = trained(run, phase, config), trained(run, "text", config).encoders
     text = card(run, evaluation)
-    parts = {"transformer": networks.transformer, "t5": encoders.t5, "clip": encoders.clip, "vae": vae}
-    parts = {name: jax.tree.map(lambda x: x.astype(jnp.bfloat16), module) for name, module in parts.items()}
+    components = {"transformer": networks.transformer, "t5": encoders.t5, "clip": encoders.clip, "vae": vae}
+    components = {name: jax.tree.map(lambda x: x.astype(jnp.bfloat16), module) for name, module in components.items()}
     writer.save(
         out,
         config,
-        parts,
+        components,
         tokenizers=run / "tokenizers",
         overwrite=overwrite,
-        source={"from": f"flux_jax.nano.train, phase {phase}", "sha256": digests(parts)},
+        source={"from": f"flux_jax.nano.train, phase {phase}", "sha256": digests(components)},
         licence=LICENCE,
     )
     for name in ("vae", "text", "flow", "guidance"):

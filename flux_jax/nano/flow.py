@@ -23,14 +23,13 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from flux_jax.config import FluxConfig
-from flux_jax.models.attention import rotary
 from flux_jax.models.layers import Linear
-from flux_jax.models.transformer import Embedder, Transformer
+from flux_jax.models.transformer import MLPEmbedder, Transformer
 from flux_jax.nano.dataset import Dataset
 from flux_jax.nano.scenes import COLORS, SHAPES
 from flux_jax.nano.text import TextEncoders
 from flux_jax.nano.training import Recipe
-from flux_jax.sampling.schedule import position_ids, shift_mu
+from flux_jax.sampling.schedule import rope_table, shift_mu
 from flux_jax.training.mixed_precision import use_mixed_products
 
 NO_GUIDANCE = 1.0  # the guidance input that stands for the plain conditional velocity
@@ -42,7 +41,7 @@ class Networks(nnx.Module):
     def __init__(self, config: FluxConfig, rngs: nnx.Rngs):
         self.transformer = Transformer(config.transformer, rngs=rngs)
         width = config.transformer.hidden_size
-        self.layout_head = Embedder(width, 2 * width, rngs=rngs)
+        self.layout_head = MLPEmbedder(width, 2 * width, rngs=rngs)
         self.layout_classes = Linear(2 * width, len(SHAPES) + 1 + len(COLORS) + 1, rngs=rngs)
         # Every block starts as the identity and the velocity as zero (adaLN-Zero, DiT section 3.2).
         blocks = self.transformer
@@ -64,15 +63,14 @@ class Networks(nnx.Module):
         encoded: what the text encoders give."""
         text, pooled = encoded
         modulation = self.transformer.modulation(t, guidance, pooled)
-        img, txt = self.transformer.streams(x, text, modulation, rope)
+        img, txt = self.transformer.double_stage(x, text, modulation, rope)
         layout = self.layout_classes(jax.nn.silu(self.layout_head(jax.nn.standardize(img))))
-        return self.transformer.velocity(img, txt, modulation, rope), layout
+        return self.transformer.single_stage(img, txt, modulation, rope), layout
 
 
 def constants(config: FluxConfig, encoders: TextEncoders, dataset: Dataset) -> dict[str, Any]:
     """What both losses need at every step."""
-    ids = position_ids(*config.default_grid, config.sampling.max_sequence_length)
-    rope = jnp.asarray(rotary(ids, config.transformer.axes_dim, config.transformer.theta))
+    rope = jnp.asarray(rope_table(config.transformer, *config.default_grid, config.sampling.max_sequence_length))
     return {"encoders": encoders, "rope": rope, "empty": (dataset.empty_t5, dataset.empty_clip)}
 
 

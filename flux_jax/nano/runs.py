@@ -15,7 +15,7 @@ import jax
 from flux_jax.io.atomic import write_whole
 
 
-class Folder:
+class RunDirectory:
     """The files of one run."""
 
     def __init__(self, path: Path):

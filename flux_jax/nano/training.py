@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from flux_jax.io.atomic import write_whole
 from flux_jax.nano.dataset import Dataset
-from flux_jax.nano.runs import Folder
+from flux_jax.nano.runs import RunDirectory
 
 # (networks, batch, key, constants) -> (what is minimised, what is logged). Hashable: a step is compiled once for each.
 Loss = Callable[[Any, dict[str, Array], Array, dict[str, Any]], tuple[Float[Array, ""], Float[Array, ""]]]
@@ -91,7 +91,7 @@ class Trainer:
 
     def __init__(self, folder: Path, recipe: Recipe, networks: nnx.Module):
         """networks: float32, where a run that has not begun begins."""
-        self.folder, self.recipe = Folder(folder), recipe
+        self.folder, self.recipe = RunDirectory(folder), recipe
         self.mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.graph, initial = nnx.split(networks)

@@ -18,7 +18,7 @@ from flux_jax.runtime import memory
 from flux_jax.sampling import offload, programs
 
 
-class Stages:
+class StageExecutor:
     """One call of a pipeline. `seconds`: by stage, compilation apart, and the number of steps.
 
     offloading: a mode of `flux_jax.sampling.offload`. vae_tiling: decode in strips "on", "off", or "auto", where whole
@@ -64,7 +64,7 @@ class Stages:
         return "" if needed <= free else f" ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)"
 
     def lend(self, module: nnx.Module) -> nnx.Module:
-        """A part where programs run: there for good, or until the last reference to what is returned has gone."""
+        """A component where programs run: there for good, or until the last reference to what is returned has gone."""
         return module if self.offloading == "none" else offload.lend(module, self.device)
 
     def encode(

@@ -1,4 +1,4 @@
-"""A model larger than its device: parts wait in the host's memory and are on the device only while they work.
+"""A model larger than its device: components wait in the host's memory and are on the device only while they work.
 
 In: modules whose weights lie on the host (`host()`, JAX's CPU device), and a device. Out: the same module on the
 device (`lend`), or, for T5, the text itself, computed with one layer on the device at a time (`encode_by_layers`).
@@ -17,8 +17,6 @@ from jaxtyping import Array, Float
 from flux_jax.errors import UserError
 from flux_jax.models.t5 import T5Encoder, T5Layer
 
-# none: all parts stay on the device. model: each is there while it works. layers: so, and T5 one layer at a time.
-MODES = ("none", "model", "layers")
 Module = TypeVar("Module", bound=nnx.Module)
 
 

@@ -1,4 +1,4 @@
-"""From prompts to pictures: `FluxPipeline` holds the parts of a model and runs the programs of
+"""From prompts to pictures: `FluxPipeline` holds the components of a model and runs the programs of
 `flux_jax.sampling.programs` in order.
 
 In: prompts (or text [b, t, d] and pooled [b, p]), a size in pixels, seeds (or noise [b, i, c]). Out: pictures, the
@@ -22,15 +22,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from flux_jax import validation
 from flux_jax.checkpoints.checkpoint import DEFAULT_MODEL, Checkpoint
 from flux_jax.checkpoints.tokenizers import Tokenizers
-from flux_jax.config import FluxConfig
+from flux_jax.config import FluxConfig, TransformerConfig
 from flux_jax.errors import UserError
 from flux_jax.io import png
-from flux_jax.models.attention import rotary
-from flux_jax.models.params import PARTS
+from flux_jax.models.params import COMPONENTS
 from flux_jax.runtime import memory
 from flux_jax.runtime.environment import resolve_dtype
 from flux_jax.sampling import programs, schedule, tensor_parallel
-from flux_jax.sampling.executor import Stages
+from flux_jax.sampling.executor import StageExecutor
 from flux_jax.sampling.offload import host
 
 Callback = Callable[["FluxPipeline", int, float, dict[str, np.ndarray]], dict[str, Any] | None]
@@ -63,9 +62,9 @@ class FluxPipeline:
         vae_tiling: str = "auto",
         mesh: Mesh | None = None,
     ):
-        """offload: a mode of `flux_jax.sampling.offload`, for modules that lie on the host. vae_tiling: as in `Stages`.
-        mesh: of a transformer that `flux_jax.sampling.tensor_parallel` loaded."""
-        self.spread = None if mesh is None else tensor_parallel.Spread(transformer, mesh)
+        """offload: a mode of `flux_jax.sampling.offload`, for modules that lie on the host. vae_tiling: as in
+        `StageExecutor`. mesh: of a transformer that `flux_jax.sampling.tensor_parallel` loaded."""
+        self.spread = None if mesh is None else tensor_parallel.ShardedSampler(transformer, mesh)
         self.offload, self.vae_tiling = offload, vae_tiling
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.transformer, self.vae, self.t5, self.clip, self.tokenizers = transformer, vae, t5, clip, tokenizers
@@ -84,29 +83,29 @@ class FluxPipeline:
     ) -> "FluxPipeline":
         """A checkpoint's folder, or an alias of `flux_jax.checkpoints.checkpoint`. dtype: of weights and activations;
         "auto" is bfloat16 on a GPU and float32 on a CPU, where it is both faster and exact. mesh: the transformer is
-        split over it, see `flux_jax.sampling.tensor_parallel`; other parts are on one device of each process. offload,
-        vae_tiling: how to save the device's memory, see `__init__`. activations: what ternary weights are multiplied
-        with, "bf16" (the activations as they are) or "int8"; None: as the checkpoint says. Raises UserError for what is
-        no readable checkpoint, or has no ternary weights to choose activations for, and where the device is too small
-        for it."""
+        split over it, see `flux_jax.sampling.tensor_parallel`; other components are on one device of each process.
+        offload, vae_tiling: how to save the device's memory, see `__init__`. activations: what ternary weights are
+        multiplied with, "bf16" (the activations as they are) or "int8"; None: as the checkpoint says. Raises UserError
+        for what is no readable checkpoint, or has no ternary weights to choose activations for, and where the device is
+        too small for it."""
         stored, dtype = Checkpoint.open(path_or_alias).using(activations), resolve_dtype(dtype)
         if stored.quantization is not None and not stored.quantization["distilled"]:
             warnings.warn(f"The weights of {path_or_alias} were rounded, not distilled: expect noise.", stacklevel=2)
         tokenizers = Tokenizers.load(stored.tokenizers, stored.config)
-        place, parts = None if offload == "none" else host(), {}
-        for part in PARTS:
+        place, components = None if offload == "none" else host(), {}
+        for component in COMPONENTS:
             try:
-                if part == "transformer" and mesh is not None:
-                    parts[part] = tensor_parallel.load(stored, mesh, dtype)
+                if component == "transformer" and mesh is not None:
+                    components[component] = tensor_parallel.load(stored, mesh, dtype)
                 else:
-                    parts[part] = stored.load(part, dtype=dtype, sharding=place)
+                    components[component] = stored.load(component, dtype=dtype, sharding=place)
             except (MemoryError, RuntimeError) as error:
                 if not memory.is_exhausted(error):
                     raise
                 flags = ["--offload layers"] if offload == "none" else []
-                raise memory.exhausted(f"loading the {part}", flags) from error
+                raise memory.exhausted(f"loading the {component}", flags) from error
         memory_flags = {"offload": offload, "vae_tiling": vae_tiling}
-        return cls(stored.config, tokenizers=tokenizers, dtype=dtype, mesh=mesh, **memory_flags, **parts)
+        return cls(stored.config, tokenizers=tokenizers, dtype=dtype, mesh=mesh, **memory_flags, **components)
 
     def free_encoders(self) -> None:
         """Drops T5 and CLIP from memory. Prompts of the last call, and embeddings given as arguments, still work."""
@@ -115,9 +114,9 @@ class FluxPipeline:
     def encode_prompt(self, prompt: str, max_sequence_length: int | None = None) -> tuple[jax.Array, jax.Array]:
         """text [1, t, d] and pooled [1, p] of one prompt; UserError when it is needed and the encoders were freed."""
         length = max_sequence_length or self.config.sampling.max_sequence_length
-        return self._encode(Stages(self.offload, self.vae_tiling), [prompt], length)[0]
+        return self._encode(StageExecutor(self.offload, self.vae_tiling), [prompt], length)[0]
 
-    def _encode(self, stages: Stages, prompts: list[str], length: int) -> list[tuple[jax.Array, jax.Array]]:
+    def _encode(self, stages: StageExecutor, prompts: list[str], length: int) -> list[tuple[jax.Array, jax.Array]]:
         """(text [1, t, d], pooled [1, p]) of each prompt; those of the last call are not computed again."""
         new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, length) not in self._encoded]
         known = {prompt: self._encoded[prompt, length] for prompt in prompts if prompt not in new}
@@ -163,7 +162,7 @@ class FluxPipeline:
         after each step of each picture; it may return {"latents": ...} to go on from, or set `pipe.interrupt`.
         Raises UserError for input that cannot be drawn, and for latents that stop being finite.
         """
-        stages, defaults = Stages(self.offload, self.vae_tiling), self.config.sampling
+        stages, defaults = StageExecutor(self.offload, self.vae_tiling), self.config.sampling
         guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
         height, width, steps, length = (
             default if value is None else value
@@ -248,7 +247,9 @@ class FluxPipeline:
             ]
         return pairs
 
-    def _draw(self, stages: Stages, noise, sigmas, steering, callback: Callback | None, seeds: list[int]) -> list[Any]:
+    def _draw(
+        self, stages: StageExecutor, noise, sigmas, steering, callback: Callback | None, seeds: list[int]
+    ) -> list[Any]:
         """Latents [i, c] of each picture, up to an interruption: one after the other, or as many as the mesh takes."""
         drawn: list[Any] = []
         if self.spread is None:
@@ -322,13 +323,12 @@ class FluxPipeline:
         return noise
 
     def _rope(self, rows: int, columns: int, text_tokens: int) -> jax.Array:
-        transformer = self.config.transformer
-        return _rope(rows, columns, text_tokens, transformer.axes_dim, float(transformer.theta))
+        return _rope(self.config.transformer, rows, columns, text_tokens)
 
 
 @functools.lru_cache(maxsize=4)
-def _rope(rows: int, columns: int, text_tokens: int, axes_dim: tuple[int, ...], theta: float) -> jax.Array:
-    return jax.device_put(rotary(schedule.position_ids(rows, columns, text_tokens), axes_dim, theta))
+def _rope(config: TransformerConfig, rows: int, columns: int, text_tokens: int) -> jax.Array:
+    return jax.device_put(schedule.rope_table(config, rows, columns, text_tokens))
 
 
 def replicated(module: nnx.Module) -> Sharding:

@@ -1,14 +1,13 @@
 """The memory that each stage of a picture takes on a device, before anything is loaded.
 
 In: a model's configuration and form, a size, and a device: the one that is present, or a name of
-`flux_jax.runtime.aot`. Out: for each stage its weights, those of other parts that lie on the device meanwhile, and the
-memory of its program, as XLA compiled it for that device; whether it fits, and if not, the flags that make it. Pictures
-are drawn one at a time: a batch takes no more. Not counted: what the driver keeps for itself.
+`flux_jax.runtime.aot`. Out: for each stage its weights, those of other components that lie on the device meanwhile, and
+the memory of its program, as XLA compiled it for that device; whether it fits, and if not, the flags that make it.
+Pictures are drawn one at a time: a batch takes no more. Not counted: what the driver keeps for itself.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,21 +16,22 @@ import jax.numpy as jnp
 
 from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.config import FluxConfig
-from flux_jax.models.params import PARTS, abstract_part
+from flux_jax.models.params import COMPONENTS, abstract_component, nbytes
 from flux_jax.models.quantize import abstract_ternary
 from flux_jax.models.vae_tiling import STRIP_BYTES
 from flux_jax.runtime import aot, memory
 from flux_jax.sampling import offload, programs
 
 GIGABYTE = 1e9
-STAGE_PARTS = {"text": ("t5", "clip"), "denoise": ("transformer",), "decode": ("vae",)}
+STAGE_COMPONENTS = {"text": ("t5", "clip"), "denoise": ("transformer",), "decode": ("vae",)}
 # What is tried, in this order, for a model that does not fit: the first that does costs the least time.
 REMEDIES = (("none", "on"), ("model", "off"), ("model", "on"), ("layers", "off"), ("layers", "on"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """Bytes on the device while a stage works: its own weights, other parts' that wait there, and its program's."""
+class StageMemory:
+    """Bytes on the device while a stage works: its own weights, other components' that wait there, and its
+    program's."""
 
     name: str
     weights: int
@@ -44,7 +44,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class AbstractModel:
     """A model's shapes. activations: of its ternary layers, "bf16" or "int8"; None: it has none."""
 
     config: FluxConfig
@@ -52,18 +52,18 @@ class Model:
     dtype: Any
 
     @functools.cache  # noqa: B019 - a few models in the life of a process
-    def part(self, name: str) -> Any:
-        """A part with shapes for arrays."""
+    def component(self, name: str) -> Any:
+        """A component with shapes for arrays."""
         if name == "transformer" and self.activations is not None:
             return abstract_ternary(self.config, self.dtype, activations=self.activations)
-        return abstract_part(name, self.config, self.dtype)
+        return abstract_component(name, self.config, self.dtype)
 
 
 class Planner:
     """The programs of a picture, compiled for a device as they are asked for. gpu: a name of `flux_jax.runtime.aot`, or
     None for JAX's own device; height and width in pixels."""
 
-    def __init__(self, model: Model, gpu: str | None, *, height: int, width: int, steps: int, length: int):
+    def __init__(self, model: AbstractModel, gpu: str | None, *, height: int, width: int, steps: int, length: int):
         self.model, self.gpu, self.steps, self.length = model, gpu, steps, length
         self.rows, self.columns = (edge // model.config.pixels_per_token for edge in (height, width))
         if gpu is None:
@@ -73,9 +73,9 @@ class Planner:
             target = aot.target(gpu)
             self.device, self.capacity = target.kind, int(memory.FRACTION * target.memory_bytes)
 
-    def stages(self, offloading: str = "none", vae_tiling: str = "off") -> list[Stage]:
+    def stages(self, offloading: str = "none", vae_tiling: str = "off") -> list[StageMemory]:
         """Each stage's bytes, with the two flags of `flux_jax.generate`."""
-        size = {part: nbytes(self.model.part(part)) for part in PARTS}
+        size = {component: nbytes(self.model.component(component)) for component in COMPONENTS}
         layers = offloading == "layers"
         needed = {
             "text": self.layer() if layers else self.text(),
@@ -83,15 +83,15 @@ class Planner:
             "decode": self.decode(STRIP_BYTES if vae_tiling == "on" else None),
         }
         found = []
-        for name, parts in STAGE_PARTS.items():
-            own = sum(size[part] for part in parts)
+        for name, components in STAGE_COMPONENTS.items():
+            own = sum(size[component] for component in components)
             waiting = 0 if offloading != "none" else sum(size.values()) - own
             if name == "text" and layers:
-                own = max(nbytes(self.model.part("t5").layers) // self.model.config.t5.num_layers, size["clip"])
-            found.append(Stage(name, own, waiting, needed[name]))
+                own = max(nbytes(self.model.component("t5").layers) // self.model.config.t5.num_layers, size["clip"])
+            found.append(StageMemory(name, own, waiting, needed[name]))
         return found
 
-    def fits(self, stages: Sequence[Stage]) -> bool:
+    def fits(self, stages: Sequence[StageMemory]) -> bool:
         return self.capacity is None or all(stage.total <= self.capacity for stage in stages)
 
     def remedy(self) -> str | None:
@@ -114,13 +114,13 @@ class Planner:
         """Bytes of the program that encodes a prompt, beside the weights."""
         clip = self.array(1, self.model.config.clip.max_positions, dtype=jnp.int32)
         ids = self.array(1, self.length, dtype=jnp.int32)
-        return self.program(programs.encode, self.model.part("t5"), self.model.part("clip"), ids, clip)
+        return self.program(programs.encode, self.model.component("t5"), self.model.component("clip"), ids, clip)
 
     @functools.cache  # noqa: B019
     def layer(self) -> int:
         """The same for one layer of T5."""
         config, dtype = self.model.config.t5, self.model.dtype
-        layers = self.model.part("t5").layers
+        layers = self.model.component("t5").layers
         layer = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), layers)
         x = self.array(1, self.length, config.d_model, dtype=dtype)
         return self.program(offload.layer, layer, x, self.array(1, config.num_heads, self.length, self.length))
@@ -137,14 +137,14 @@ class Planner:
             rope=self.array(2, self.length + tokens, config.head_dim // 2),
         )
         x, sigmas = self.array(tokens, config.in_channels), self.array(self.steps + 1)
-        return self.program(programs.denoise, self.model.part("transformer"), x, sigmas, conditions)
+        return self.program(programs.denoise, self.model.component("transformer"), x, sigmas, conditions)
 
     @functools.cache  # noqa: B019
     def decode(self, strip_bytes: int | None) -> int:
         """The same for decoding, whole or in strips."""
         x = self.array(self.rows * self.columns, self.model.config.transformer.in_channels)
         sizes = {"rows": self.rows, "columns": self.columns, "strip_bytes": strip_bytes}
-        return self.program(programs.decode, self.model.part("vae"), x, **sizes)
+        return self.program(programs.decode, self.model.component("vae"), x, **sizes)
 
     def array(self, *shape: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -158,11 +158,6 @@ class Planner:
         found = compiled.memory_analysis()
         arrays = sum(nbytes(arg) for arg in args if isinstance(arg, (jax.ShapeDtypeStruct, programs.Conditions)))
         return arrays + found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-
-
-def nbytes(tree: Any) -> int:
-    """Of all leaves, arrays or shapes of arrays."""
-    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def describe(planner: Planner, offloading: str, vae_tiling: str) -> tuple[str, dict[str, Any]]:
@@ -195,7 +190,7 @@ def describe(planner: Planner, offloading: str, vae_tiling: str) -> tuple[str, d
     }
 
 
-def model_of(stored: Checkpoint, dtype: Any) -> Model:
+def model_of(stored: Checkpoint, dtype: Any) -> AbstractModel:
     """The shapes of a checkpoint, as they would be loaded."""
     quantization = stored.manifest["quantization"]
-    return Model(stored.config, None if quantization is None else quantization["activations"], jnp.dtype(dtype))
+    return AbstractModel(stored.config, None if quantization is None else quantization["activations"], jnp.dtype(dtype))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt
 
-from flux_jax.config import SamplingConfig
+from flux_jax.config import SamplingConfig, TransformerConfig
+from flux_jax.models.attention import rope_cos_sin
 
 
 def initial_noise(
@@ -39,6 +40,12 @@ def position_ids(rows: int, columns: int, text_tokens: int) -> np.ndarray:
     ids = np.zeros((text_tokens + rows * columns, 3), np.float32)
     ids[text_tokens:, 1], ids[text_tokens:, 2] = (axis.ravel() for axis in np.mgrid[:rows, :columns])
     return ids
+
+
+def rope_table(config: TransformerConfig, rows: int, columns: int, text_tokens: int) -> Float[np.ndarray, "2 n half"]:
+    """Cosines and sines of every token's position, text first: float32 [2, text_tokens + rows * columns, head_dim /
+    2]."""
+    return rope_cos_sin(position_ids(rows, columns, text_tokens), config.axes_dim, float(config.theta))
 
 
 def shift_mu(config: SamplingConfig, image_tokens: int) -> float:

@@ -33,7 +33,7 @@ from pallas_kernels.packing import TILE
 
 AXES = MESH_AXES
 LAYER = re.compile(r"(?:double_blocks|single_blocks)(?:\.\d+)?\.(?:(?:img|txt)\.)?(\w+)\.(weight|packed|scale|bias)")
-BY_ROWS, BY_COLUMNS = ("qkv", "mlp_in", "linear1", "mod"), ("proj", "mlp_out", "linear2")
+COLUMN_PARALLEL, ROW_PARALLEL = ("qkv", "mlp_in", "linear1", "mod"), ("proj", "mlp_out", "linear2")
 
 
 def make_mesh(shape: dict[str, int], config: TransformerConfig) -> Mesh:
@@ -50,29 +50,30 @@ def check_heads(config: TransformerConfig, model: int) -> None:
         raise UserError(f"--mesh model={model} does not divide the transformer's {config.num_heads} heads.")
 
 
-def spec(path: str) -> PartitionSpec:
+def partition_spec(path: str) -> PartitionSpec:
     """How a stacked leaf [L, n, k] or [L, n] of the transformer lies on the axis `model`."""
     match = LAYER.fullmatch(path)
     if match is None:
         return PartitionSpec()
     layer, kind = match.groups()
-    if layer in BY_ROWS:
+    if layer in COLUMN_PARALLEL:
         return PartitionSpec(None, "model")
-    if layer in BY_COLUMNS and kind in ("weight", "packed"):
+    if layer in ROW_PARALLEL and kind in ("weight", "packed"):
         return PartitionSpec(None, None, "model")
     return PartitionSpec()
 
 
-def joined(config: TransformerConfig, model: int, path: str) -> tuple[int, ...]:
-    """What a layer's leaf joins along the axis that is cut, for `flux_jax.checkpoints.sharded_restore.restore`:
-    queries, keys, values, and the MLP. UserError for packed codes that would have to be taken apart."""
+def fused_sections(config: TransformerConfig, model: int, path: str) -> tuple[int, ...]:
+    """The sections that a layer's leaf joins along the axis that is cut, for
+    `flux_jax.checkpoints.sharded_restore.restore`: queries, keys, values, and the MLP. UserError for packed codes that
+    would have to be taken apart."""
     match = LAYER.fullmatch(path)
     if match is None or model == 1:
         return ()
     (layer, kind), d = match.groups(), config.hidden_size
     if layer in ("qkv", "linear1"):
         return (d, d, d, config.mlp_dim) if layer == "linear1" else (d, d, d)
-    if kind == "packed" and layer in BY_COLUMNS and d % (model * TILE):
+    if kind == "packed" and layer in ROW_PARALLEL and d % (model * TILE):
         raise UserError(
             f"--mesh model={model}: ternary weights are split in tiles of {TILE}, and {d} / {model} is no multiple."
         )
@@ -82,7 +83,7 @@ def joined(config: TransformerConfig, model: int, path: str) -> tuple[int, ...]:
     return d // codes, config.mlp_dim // codes
 
 
-class Summed(nnx.Module):
+class RowParallelLinear(nnx.Module):
     """A linear split by columns: the devices' partial products are added, then the bias once. Rows that are rounded to
     int8 are so by the largest magnitude on all devices, as if they lay on one."""
 
@@ -103,7 +104,7 @@ class Summed(nnx.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-class Gathered(nnx.Module):
+class ColumnParallelLinear(nnx.Module):
     """A linear split by rows whose outputs every device wants whole."""
 
     def __init__(self, linear: Any):
@@ -114,7 +115,7 @@ class Gathered(nnx.Module):
         return jax.lax.all_gather(y, "model", axis=y.ndim - 1, tiled=True)
 
 
-def split(transformer: Any, model: int) -> Any:
+def partition(transformer: Any, model: int) -> Any:
     """The transformer as one device of `model` sees it inside `jax.shard_map`; its leaves are shared."""
     whole = transformer.config
     if model == 1:
@@ -124,10 +125,10 @@ def split(transformer: Any, model: int) -> Any:
     blocks = (local.double_blocks.img, local.double_blocks.txt, local.single_blocks)
     for block in blocks:
         block.config = fewer
-        block.mod = Gathered(block.mod)
-        for name in BY_COLUMNS:
+        block.mod = ColumnParallelLinear(block.mod)
+        for name in ROW_PARALLEL:
             if hasattr(block, name):
-                setattr(block, name, Summed(getattr(block, name)))
+                setattr(block, name, RowParallelLinear(getattr(block, name)))
     return local
 
 
@@ -136,23 +137,28 @@ def load(stored: Checkpoint, mesh: Mesh, dtype: Any = None) -> nnx.Module:
     config, model = stored.config.transformer, mesh.shape["model"]
 
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        return NamedSharding(mesh, spec(path))
+        return NamedSharding(mesh, partition_spec(path))
 
-    parts = functools.partial(joined, config, model)
-    return split(stored.load("transformer", dtype=dtype, sharding=place, joined=parts), model)
+    sections = functools.partial(fused_sections, config, model)
+    return partition(stored.load("transformer", dtype=dtype, sharding=place, sections=sections), model)
 
 
 def abstract(transformer: nnx.Module, mesh: Mesh) -> nnx.Module:
     """The same of an abstract transformer, for programs that are only compiled."""
     definition, state = nnx.split(transformer)
     placed = [
-        (path, v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, spec(dotted(path))))))
+        (
+            path,
+            v.replace(
+                jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, partition_spec(dotted(path))))
+            ),
+        )
         for path, v in nnx.to_flat_state(state)
     ]
-    return split(nnx.merge(definition, nnx.from_flat_state(placed)), mesh.shape["model"])
+    return partition(nnx.merge(definition, nnx.from_flat_state(placed)), mesh.shape["model"])
 
 
-class Spread:
+class ShardedSampler:
     """`denoise` for a transformer on a mesh: one jitted program for `width` pictures."""
 
     def __init__(self, transformer: nnx.Module, mesh: Mesh):
@@ -184,7 +190,8 @@ class Spread:
     def draw(
         self, run: Callable, latents: Sequence[Any], sigmas: np.ndarray, conditions: Sequence[programs.Conditions]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Final latents [i, c] of up to `width` pictures, and whether each step was finite. run: as `Stages.run`."""
+        """Final latents [i, c] of up to `width` pictures, and whether each step was finite. run: as
+        `StageExecutor.run`."""
         fill = self.width - len(latents)  # places without a picture draw the last one again
         x, steering = ([*items, *[items[-1]] * fill] for items in (latents, conditions))
         drawn, finite = run("denoise", self.denoise, self.leaves, self.place(x), sigmas, self.place(steering))

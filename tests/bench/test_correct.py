@@ -12,7 +12,7 @@ from bench.journal import Journal
 from flux_jax.config import dev, nano
 from flux_jax.errors import UserError
 from pallas_kernels import Target, compiling_for, fused
-from pallas_kernels.settings import EPILOGUES
+from pallas_kernels.tiling import EPILOGUES
 
 
 @pytest.fixture

@@ -8,21 +8,21 @@ import pytest
 
 from bench import memory, report
 from flux_jax.config import dev, nano
-from flux_jax.models.params import abstract_part
+from flux_jax.models.params import abstract_component, nbytes
 from flux_jax.models.quantize import abstract_ternary, ternary_paths
 
 
 def test_the_loops_reading_is_counted_from_what_it_carries():
     """The same text with and without one modulation weight among the loop's operands."""
-    transformer = abstract_part("transformer", nano(), jnp.bfloat16)
+    transformer = abstract_component("transformer", nano(), jnp.bfloat16)
     mod = ",".join(map(str, transformer.single_blocks.mod.weight.shape))
     linear = transformer.single_blocks.linear1.weight
     carried = f"s32[], bf16[{','.join(map(str, linear.shape))}]{{2,1,0}}"
     line = ') while(%t), condition=%c, body=%b, metadata={op_name="jit(denoise)/denoise/while"}'
     inner = '%w = (bf16[1,2]) while(%t), metadata={op_name="jit(denoise)/denoise/while/body/while"}\n'
-    assert memory.read_in_loop(f"{inner}%w.1 = ({carried}{line}", transformer) == (memory.leaf_bytes(linear), 0)
+    assert memory.read_in_loop(f"{inner}%w.1 = ({carried}{line}", transformer) == (nbytes(linear), 0)
     _, modulation = memory.read_in_loop(f"{inner}%w.1 = ({carried}, /*index=5*/bf16[{mod}]{{2,1,0}}{line}", transformer)
-    assert modulation == memory.leaf_bytes(transformer.single_blocks.mod.weight)
+    assert modulation == nbytes(transformer.single_blocks.mod.weight)
     with pytest.raises(ValueError, match="no loop"):
         memory.read_in_loop(inner, transformer)
 
@@ -99,8 +99,8 @@ def test_bits_of_a_weight_lie_between_its_entropy_and_what_is_held():
 
 def test_ternary_leaves_of_flux_dev_take_a_seventh():
     """From shapes alone, before any compiler: the parameters of the plan, at two bits and a scale each."""
-    held = sum(memory.leaf_bytes(leaf) for leaf in jax.tree.leaves(abstract_ternary(dev(), jnp.bfloat16)))
-    dense = sum(memory.leaf_bytes(leaf) for leaf in jax.tree.leaves(abstract_part("transformer", dev(), jnp.bfloat16)))
+    held = nbytes(abstract_ternary(dev(), jnp.bfloat16))
+    dense = nbytes(abstract_component("transformer", dev(), jnp.bfloat16))
     assert dense == 2 * 11_901_408_320
     assert dense / held > 7.6
 

@@ -10,8 +10,8 @@ from flux_jax.config import dev, nano
 from flux_jax.models import ternary
 from flux_jax.models.quantize import ternary_paths
 from flux_jax.sampling.programs import denoise
-from pallas_kernels import Target, compiling_for, fused, unpack_ternary
-from pallas_kernels.settings import EPILOGUES
+from pallas_kernels import Target, compiling_for, epilogues, fused, unpack_ternary
+from pallas_kernels.tiling import EPILOGUES
 
 
 def test_shapes_are_those_of_every_ternary_layer():
@@ -37,7 +37,7 @@ def test_products_are_those_that_the_model_runs(monkeypatch):
 
     def record(rows, row_scale, packed, scale, bias, epilogue, *, channels=None, **how):
         n = packed.shape[-2] if channels is None else channels[1] - channels[0]
-        run.add((rows.shape[0], n, rows.shape[1], fused.epilogue_name(epilogue)))
+        run.add((rows.shape[0], n, rows.shape[1], epilogues.epilogue_name(epilogue)))
         return fused.fused_matmul(rows, row_scale, packed, scale, bias, epilogue, channels=channels, **how)
 
     monkeypatch.setattr(ternary, "fused_matmul", record)
@@ -65,11 +65,11 @@ def test_what_is_right_is_so_in_float64(name, kind):
     m, n, k, head = 70, 64, 256, 32
     x, own = products.tokens(m, k), products.weights("packed", n, k)
     epilogue = products.epilogue_operands(name, m, n, head)
-    assert fused.epilogue_name(epilogue) == name
+    assert epilogues.epilogue_name(epilogue) == name
     rows, row_scale = (np.asarray(part, np.float64) for part in products.rounded(kind, x))
     scale, bias = (np.asarray(own[key], np.float64) for key in ("scale", "bias"))
     y = rows @ unpack_ternary(np.asarray(own["packed"]), k).T.astype(np.float64) * row_scale[:, None] * scale + bias
-    right = np.asarray(fused.finish(jnp.asarray(y, jnp.float32), epilogue), np.float64)
+    right = np.asarray(epilogues.finish(jnp.asarray(y, jnp.float32), epilogue), np.float64)
     found = products.expected(kind, x, own, epilogue)
     kept = products.checked_rows(m)
     assert len(kept) == products.CHECKED_ROWS and kept[0] == 0 and kept[-1] == m - 1

@@ -12,7 +12,7 @@ from bench.products import Product, model_products
 from flux_jax.config import dev
 from flux_jax.errors import UserError
 from pallas_kernels import LAYOUT_VERSION, Target, compiling_for
-from pallas_kernels.settings import Settings, choose_settings, read_table
+from pallas_kernels.tiling import TileConfig, choose_tiles, read_table
 
 H100 = Target("gpu", "9.0", "NVIDIA H100 80GB HBM3")
 HEAD = dev().transformer.head_dim
@@ -47,7 +47,7 @@ def test_tiles_with_reasons_are_tried_with_every_epilogue():
         if product.epilogue == "norm_rotary":
             assert {settings.block_n for settings in tries} == {HEAD}
         elif product.m > 512:
-            assert {Settings(64, 256, 256, 4, 3), Settings(128, 256, 512, 8, 2)} <= set(tries)
+            assert {TileConfig(64, 256, 256, 4, 3), TileConfig(128, 256, 512, 8, 2)} <= set(tries)
         else:
             assert all(settings.block_m <= max(64, product.m) for settings in tries)
 
@@ -60,7 +60,7 @@ def test_floating_activations_meet_the_kernel_with_few_tokens_and_no_epilogue():
 def test_tuning_writes_a_table_that_the_kernels_read(capsys, tmp_path, monkeypatch):
     table, rows, epilogue = tmp_path / "test.json", tmp_path / "rows.jsonl", "gated_residual"
     product = Product(20, 128, 128, epilogue, 1, ("layer",))
-    other = Settings(32, 32, 128, 2, 1)
+    other = TileConfig(32, 32, 128, 2, 1)
     monkeypatch.setattr(tune, "wanted", lambda *_: [product])
     monkeypatch.setattr(tune, "candidates", lambda *_: [other])
     words = ["--tiny", "--table", str(table), "--rows", str(rows), "--m", "20"]
@@ -77,16 +77,16 @@ def test_tuning_writes_a_table_that_the_kernels_read(capsys, tmp_path, monkeypat
     tune.main(words)  # what is in the table already is not tried again
     assert table.read_text() == before and len(journal.read(rows)) == 3
 
-    monkeypatch.setattr("pallas_kernels.settings.table_path", lambda _: table)
+    monkeypatch.setattr("pallas_kernels.tiling.table_path", lambda _: table)
     table.write_text(json.dumps({"layout": LAYOUT_VERSION, "rows": [{**row, "settings": vars(other)}]}))
     read_table.cache_clear()
-    assert choose_settings(H100, 20, 128, 128, "int8", epilogue) == other
-    assert choose_settings(H100, 20, 128, 128, "int8") != other, "without the epilogue it is another product"
+    assert choose_tiles(H100, 20, 128, 128, "int8", epilogue) == other
+    assert choose_tiles(H100, 20, 128, 128, "int8") != other, "without the epilogue it is another product"
     read_table.cache_clear()
 
 
 def test_settings_that_fail_or_are_wrong_are_not_chosen(tmp_path, monkeypatch):
-    good, bad, wrong = Settings(32, 64, 128, 4, 2), Settings(32, 64, 128, 8, 2), Settings(32, 64, 128, 2, 2)
+    good, bad, wrong = TileConfig(32, 64, 128, 4, 2), TileConfig(32, 64, 128, 8, 2), TileConfig(32, 64, 128, 2, 2)
     product = Product(40, 128, 128, "gated_residual", 1, ("layer",))
 
     def kernel(x, weights, epilogue, settings):

@@ -32,7 +32,7 @@ for name, shape in {"one": (1, 1), "several": (2, 4)}.items():
     trajectories = load_or_make(work, "trajectories", work.training, options.trajectories)
     graph, params = end_to_end.build(work, end_to_end.rounded(work))
     mean = end_to_end.train(work, graph, params, trajectories, [])
-    leaf = mean["single_blocks"]["linear1"]["latent"]
+    leaf = mean["single_blocks"]["linear1"]["shadow"]
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     found[name] = {
         "losses": [row["loss"] for row in rows],

@@ -20,7 +20,7 @@ from flux_jax.checkpoints import checkpoint, writer
 from flux_jax.cli.distill import main, usable_cores
 from flux_jax.distill import end_to_end, export
 from flux_jax.distill.options import Options
-from flux_jax.distill.run import prepare, teach
+from flux_jax.distill.run import prepare, train_student
 from flux_jax.distill.trajectories import load_or_make
 from flux_jax.errors import UserError
 from flux_jax.io.prompts import held_out, split
@@ -46,7 +46,7 @@ def words(folder: Path, out: str, options: Options = tiny.OPTIONS) -> list[str]:
 def contents(out: Path) -> dict:
     """All weights and the manifest: everything but the metrics, which tell the time."""
     stored = checkpoint.Checkpoint.open(out)
-    weights = {f"{part}/{n}": v for part in stored.parts for n, v in stored.read(part, stored.table(part)).items()}
+    weights = {f"{part}/{n}": v for part in stored.components for n, v in stored.read(part, stored.table(part)).items()}
     return weights | {"manifest": stored.manifest}
 
 
@@ -140,11 +140,11 @@ def test_the_packed_student_gives_the_velocity_of_the_trained_one(folder, tmp_pa
         learning_steps=3, own_trajectories=0,
     )  # fmt: skip
     work = prepare(folder / "teacher", tmp_path / "out.run", tiny.PROMPTS, options, None)
-    graph, params, about = teach(work)
+    graph, params, about = train_student(work)
     export.export(work, params, tmp_path / "out", about, overwrite=False)
     points = load_or_make(work, "held_out", work.held_out, options.held_out).points(np.array([0, 3]), np.array([0, 2]))
     batch = jax.tree.map(jnp.asarray, points)
-    expected = jax.jit(lambda p, b: end_to_end.velocity(graph, work.dtype, p, b, end_to_end.frozen(work)))(
+    expected = jax.jit(lambda p, b: end_to_end.velocity(graph, work.dtype, p, b, end_to_end.constants(work)))(
         params, batch
     )
     packed = checkpoint.Checkpoint.open(tmp_path / "out").load("transformer", jnp.float32)
@@ -166,12 +166,12 @@ def test_the_packed_student_gives_the_velocity_of_the_trained_one(folder, tmp_pa
 
 def test_trajectories_are_the_pipelines(folder, tmp_path):
     """The last point and its velocity lead to the picture that the pipeline draws from the same noise."""
-    from flux_jax.distill.trajectories import Maker
+    from flux_jax.distill.trajectories import TrajectorySampler
     from flux_jax.sampling.pipeline import FluxPipeline
 
     options = dataclasses.replace(tiny.OPTIONS, dtype="float32", phases="none")
     work = prepare(folder / "teacher", tmp_path / "run", tiny.PROMPTS, options, None)
-    found = Maker(work, 0).chunk(tiny.PROMPTS[:2], 0, 4)
+    found = TrajectorySampler(work, 0).chunk(tiny.PROMPTS[:2], 0, 4)
     pipe = FluxPipeline.from_pretrained(folder / "teacher", dtype="float32")
     for i in range(2):
         x, v = found["x"][i].astype(np.float32), found["velocity"][i].astype(np.float32)
@@ -194,7 +194,7 @@ def test_while_the_student_settles_no_code_flips_and_all_floats_learn(folder, tm
         jax.tree_util.tree_leaves_with_path(means[0]), jax.tree.leaves(means[1]), strict=True
     ):
         same = bool((before == after).all())
-        assert same == (path[-1].key == "latent"), path
+        assert same == (path[-1].key == "shadow"), path
 
 
 def test_on_its_own_way_the_student_learns_the_teachers_velocity(folder, tmp_path):
@@ -204,7 +204,7 @@ def test_on_its_own_way_the_student_learns_the_teachers_velocity(folder, tmp_pat
     work = prepare(folder / "teacher", tmp_path / "run", tiny.PROMPTS, options, None)
     graph, params = end_to_end.build(work, end_to_end.rounded(work))
     theirs = load_or_make(work, "trajectories", work.training, options.trajectories)
-    points = end_to_end.Points(work, graph, theirs, None)
+    points = end_to_end.BatchSampler(work, graph, theirs, None)
     assert points.starts == [2, 4, 6, 8]
     alone = points(1, None)
     drawn = theirs.points(*theirs.draw(options.seed, 1_000_000, 1, options.batch, None))
@@ -217,7 +217,7 @@ def test_on_its_own_way_the_student_learns_the_teachers_velocity(folder, tmp_pat
     rows, steps = np.arange(own.count), np.zeros(own.count, int)
     now, after = (jax.tree.map(jnp.asarray, own.points(rows, steps + i)) for i in range(2))
     teacher_graph, teacher = nnx.split(work.load_teacher())
-    given = end_to_end.frozen(work)
+    given = end_to_end.constants(work)
     told = end_to_end.velocity(teacher_graph, work.dtype, nnx.to_pure_dict(teacher), now, given)
     np.testing.assert_allclose(now["velocity"], told, atol=2e-2)
     way = end_to_end.velocity(graph, work.dtype, params, now, given)

@@ -11,7 +11,7 @@ from tiny_distillation import config
 
 from flux_jax.distill import student, training
 from flux_jax.distill.options import Options
-from flux_jax.models.blocks import SingleBlock
+from flux_jax.models.blocks import SingleStreamBlock
 from flux_jax.models.layers import Linear
 from flux_jax.models.quantize import ternarize
 from flux_jax.models.ternary import TernaryLinear
@@ -28,7 +28,7 @@ def drawn():
 
 
 def layer(u, s, bias=None, **options):
-    return student.LatentLinear(jnp.asarray(u), jnp.log(jnp.asarray(s)), bias, **options)
+    return student.ShadowLinear(jnp.asarray(u), jnp.log(jnp.asarray(s)), bias, **options)
 
 
 def test_acts_as_its_codes_and_passes_gradients_straight_through(drawn):
@@ -38,7 +38,7 @@ def test_acts_as_its_codes_and_passes_gradients_straight_through(drawn):
     y, back = jax.vjp(lambda m, x: m(x), layer(*drawn[:2]), jnp.asarray(drawn[2]))
     np.testing.assert_allclose(y, x @ (codes * s[:, None]).T, rtol=2e-5, atol=1e-6)
     gradient, dx = back(jnp.asarray(drawn[3]))
-    np.testing.assert_allclose(gradient.latent[...], s[:, None] * (dy.T @ x), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient.shadow[...], s[:, None] * (dy.T @ x), rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(gradient.log_scale[...], (dy * y).sum(0), rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(dx, dy @ (codes * s[:, None]), rtol=2e-5, atol=1e-6)
 
@@ -47,7 +47,7 @@ def test_acts_as_its_codes_and_passes_gradients_straight_through(drawn):
 def test_packed_layer_computes_the_same(drawn, activations):
     u, s, x, _ = drawn
     bias = jnp.arange(N, dtype=jnp.float32)
-    codes, scale = student.finished(jnp.asarray(u), jnp.log(jnp.asarray(s)))
+    codes, scale = student.finalize(jnp.asarray(u), jnp.log(jnp.asarray(s)))
     packed = TernaryLinear.from_codes(codes, scale, bias, activations=activations)
     ours = layer(u, s, bias, activations=activations)(jnp.asarray(x))
     np.testing.assert_allclose(ours, packed(jnp.asarray(x)), rtol=1e-5, atol=1e-5)
@@ -77,18 +77,18 @@ def test_int8_activations_have_straight_through_gradients(drawn):
 def test_starts_as_the_rounded_weights(drawn, weighted):
     weight = jnp.asarray(drawn[0])
     moment = jnp.linspace(0.1, 3, K) if weighted else None
-    latent, log_scale = student.initial(weight, Options(), moment)
+    latent, log_scale = student.initial_shadow(weight, Options(), moment)
     codes, scale = ternarize(weight, second_moment=moment)
-    found = student.finished(latent, log_scale)
+    found = student.finalize(latent, log_scale)
     np.testing.assert_array_equal(found[0], codes)
     np.testing.assert_allclose(found[1], scale, rtol=1e-6)
 
 
 def test_one_scale_for_a_matrix(drawn):
     weight = jnp.stack([jnp.asarray(drawn[0]), 3 * jnp.asarray(drawn[0])])  # two layers, stacked
-    latent, log_scale = student.initial(weight, Options(scales="tensor"))
+    latent, log_scale = student.initial_shadow(weight, Options(scales="tensor"))
     assert log_scale.shape == (2, 1)
-    codes, scale = student.finished(latent, log_scale)
+    codes, scale = student.finalize(latent, log_scale)
     assert scale.shape == (2, N)
     np.testing.assert_allclose(scale[1], 3 * scale[0], rtol=1e-5)
     expected = ternarize(weight.reshape(2, 1, -1))
@@ -99,11 +99,11 @@ def test_every_block_linear_is_replaced_but_modulation_where_told():
     for modulation in (True, False):
         options = dataclasses.replace(Options(), modulation=modulation, activations="int8")
         block = student.student_of(
-            SingleBlock(config().transformer, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), "single_blocks.", options
+            SingleStreamBlock(config().transformer, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), "single_blocks.", options
         )
         kinds = {path[-1]: type(node) for path, node in nnx.iter_modules(block) if path}
-        assert kinds["linear1"] is kinds["linear2"] is student.LatentLinear
-        assert kinds["mod"] is (student.LatentLinear if modulation else Linear)
+        assert kinds["linear1"] is kinds["linear2"] is student.ShadowLinear
+        assert kinds["mod"] is (student.ShadowLinear if modulation else Linear)
         assert block.linear1.activations == "int8"
         assert {v.dtype for _, v in nnx.to_flat_state(nnx.state(block))} == {jnp.dtype(jnp.float32)}
 

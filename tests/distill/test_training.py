@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flux_jax.distill.options import Options
-from flux_jax.distill.training import Fit, Plan, begin, schedule, update
+from flux_jax.distill.training import Fit, FitConfig, init_state, schedule, update
 from flux_jax.errors import UserError
 from flux_jax.training import mesh as meshes
 from flux_jax.training.metrics import Metrics
@@ -22,14 +22,14 @@ class Line:
     """A linear fit, with leaves of all three kinds."""
 
     def __call__(self, params, batch, frozen):
-        latent = params["layer"]["latent"].astype(jnp.float32)
+        latent = params["layer"]["shadow"].astype(jnp.float32)
         y = batch["x"] @ (latent * jnp.exp(params["layer"]["log_scale"])[:, None]).T + params["bias"][None]
         return jnp.square(y - batch["y"]).mean()
 
 
 def params(dtype=jnp.float32):
     latent = np.linspace(-0.5, 0.5, 6).reshape(2, 3)
-    layer = {"latent": jnp.asarray(latent, dtype), "log_scale": jnp.zeros(2)}
+    layer = {"shadow": jnp.asarray(latent, dtype), "log_scale": jnp.zeros(2)}
     return {"layer": layer, "bias": jnp.zeros(2)}
 
 
@@ -46,7 +46,7 @@ def one_device():
 
 def fit(folder, options=OPTIONS, bad=(), **own):
     folder.mkdir(exist_ok=True)
-    plan = Plan.of(options, steps=options.learning_steps, **own)
+    plan = FitConfig.of(options, steps=options.learning_steps, **own)
     mesh = one_device()
     placed = meshes.put(params(), meshes.whole(mesh))
     found = Fit(folder, "end_to_end", plan, options, mesh, Metrics(folder)).run(
@@ -65,8 +65,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     assert [row["skipped"] for row in lines] == [0, 0, 1, 1, 1, 2, 2, 2]
     assert lines[2]["loss"] is None and all(row["loss"] is not None for row in lines if row["step"] not in (3, 6))
     mesh = one_device()
-    plan = Plan.of(OPTIONS, steps=8)
-    state = begin(plan, mesh, params())
+    plan = FitConfig.of(OPTIONS, steps=8)
+    state = init_state(plan, mesh, params())
     before = jax.tree.map(np.asarray, state)
     after, loss, _ = update(Line(), plan, mesh, state, batch(0, bad=(0,)), {}, np.int32(0))
     assert not np.isfinite(loss)
@@ -89,29 +89,29 @@ def test_parts_of_a_batch_make_the_whole(tmp_path):
 def test_each_kind_moves_at_its_own_rate(optimizer):
     """The first update of Adam is the learning rate, whatever the gradient; Muon's has that root mean square."""
     mesh = one_device()
-    plan = Plan.of(OPTIONS, steps=8, warmup=0.0, optimizer=optimizer)
-    after, _, _ = update(Line(), plan, mesh, begin(plan, mesh, params()), batch(0), {}, np.int32(0))
+    plan = FitConfig.of(OPTIONS, steps=8, warmup=0.0, optimizer=optimizer)
+    after, _, _ = update(Line(), plan, mesh, init_state(plan, mesh, params()), batch(0), {}, np.int32(0))
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)), after["params"], params())
-    root = float(np.sqrt(np.mean(moved["layer"]["latent"] ** 2)))
+    root = float(np.sqrt(np.mean(moved["layer"]["shadow"] ** 2)))
     assert root == pytest.approx(0.1, rel=0.01 if optimizer == "adam" else 0.3)
     np.testing.assert_allclose(moved["layer"]["log_scale"], 0.1 * OPTIONS.scale_rate, rtol=1e-3)
     np.testing.assert_allclose(moved["bias"], 0.1 * OPTIONS.rest_rate, rtol=1e-3)
-    frozen = Plan.of(dataclasses.replace(OPTIONS, train_rest=False), steps=8)
-    after, _, _ = update(Line(), frozen, mesh, begin(frozen, mesh, params()), batch(0), {}, np.int32(0))
+    frozen = FitConfig.of(dataclasses.replace(OPTIONS, train_rest=False), steps=8)
+    after, _, _ = update(Line(), frozen, mesh, init_state(frozen, mesh, params()), batch(0), {}, np.int32(0))
     np.testing.assert_array_equal(after["params"]["bias"], 0)
 
 
 def test_bf16_latents_move_by_less_than_they_resolve():
     """2e-4 is a twentieth of the distance between bfloat16 numbers around a half: to the nearest, none would move."""
     mesh, moved = one_device(), {}
-    plan = Plan.of(OPTIONS, steps=200, learning_rate=2e-4, decay=0.0, scale_rate=0.0)
+    plan = FitConfig.of(OPTIONS, steps=200, learning_rate=2e-4, decay=0.0, scale_rate=0.0)
     for dtype in (jnp.float32, jnp.bfloat16):
-        start = params(dtype) | {"layer": {"latent": jnp.full((2, 3), 0.5, dtype), "log_scale": jnp.zeros(2)}}
-        state = begin(plan, mesh, start)
+        start = params(dtype) | {"layer": {"shadow": jnp.full((2, 3), 0.5, dtype), "log_scale": jnp.zeros(2)}}
+        state = init_state(plan, mesh, start)
         for step in range(100):
             state, _, _ = update(Line(), plan, mesh, state, batch(7), {}, np.int32(step))
-        latent = state["params"]["layer"]["latent"]
-        assert latent.dtype == state["ema"]["layer"]["latent"].dtype == dtype
+        latent = state["params"]["layer"]["shadow"]
+        assert latent.dtype == state["ema"]["layer"]["shadow"].dtype == dtype
         moved[dtype] = float(jnp.abs(latent.astype(jnp.float32) - 0.5).mean())
     assert moved[jnp.float32] == pytest.approx(0.02, rel=0.1)
     assert moved[jnp.bfloat16] == pytest.approx(0.02, rel=0.5)
@@ -119,7 +119,7 @@ def test_bf16_latents_move_by_less_than_they_resolve():
 
 def test_schedule_rises_stays_and_falls():
     for power, after_half in ((1.0, 0.5), (2.0, 0.25)):
-        plan = Plan.of(OPTIONS, steps=100, warmup=0.1, decay=0.5, decay_power=power)
+        plan = FitConfig.of(OPTIONS, steps=100, warmup=0.1, decay=0.5, decay_power=power)
         share = [float(schedule(plan)(step)) for step in range(101)]
         assert share[0] == pytest.approx(0.1) and share[9] == share[50] == 1 and share[100] == 0
         assert share[75] == pytest.approx(after_half)

@@ -5,17 +5,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import pack_ternary, triton
-from pallas_kernels.fused import (
-    EPS,
-    GatedResidual,
-    Gelu,
-    GeluQuantize,
-    NormRotary,
-    concatenate_quantize,
-    fused_matmul,
-    norm_modulate_quantize,
-)
-from pallas_kernels.settings import Settings
+from pallas_kernels.epilogues import EPS, GatedResidual, Gelu, GeluQuantize, NormRope
+from pallas_kernels.fused import concatenate_quantize, fused_matmul, norm_modulate_quantize
+from pallas_kernels.tiling import TileConfig
 
 TOLERANCE = 2e-5  # float32 sums and reciprocal roots, against float64
 
@@ -115,7 +107,7 @@ def test_norm_rotary(m, head, implementation):
     angles = rng(5).uniform(0, 6, (m, head // 2))
     rope = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
     how = {"out_dtype": jnp.float32, "implementation": implementation, "channels": (first, last)}
-    got = fused_matmul(*arguments, NormRotary(jnp.asarray(weight), jnp.asarray(rope)), **how)
+    got = fused_matmul(*arguments, NormRope(jnp.asarray(weight), jnp.asarray(rope)), **how)
     heads = y[:, first:last].reshape(m, 2, head)
     heads = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + EPS) * weight
     turned = (heads[..., ::2] + 1j * heads[..., 1::2]) * np.exp(1j * angles)[:, None]
@@ -127,6 +119,6 @@ def test_rows_of_another_length_are_an_error():
     (x, *rest), _ = product(2, 16, 128)
     with pytest.raises(ValueError, match=r"packed is \[16, 32\]: rows of k = 129 codes take 64 bytes, \[16, 64\]"):
         fused_matmul(jnp.pad(x, ((0, 0), (0, 1))), *rest)
-    settings = Settings(16, 16, 128, 4, 2)
+    settings = TileConfig(16, 16, 128, 4, 2)
     with pytest.raises(ValueError, match=r"x is \[2, 127\]: packed \[16, 32\] needs rows of 128"):
         triton.matmul(x[:, :127], *rest, settings=settings, out_dtype=jnp.float32, interpret=True)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import pack_ternary, triton
-from pallas_kernels.settings import Settings
+from pallas_kernels.tiling import TileConfig
 
-SMALL = Settings(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=2)
+SMALL = TileConfig(block_m=32, block_n=32, block_k=128, num_warps=4, num_stages=2)
 
 
 def rng(*seed):
@@ -75,7 +75,7 @@ def test_the_assembly_and_its_twin_agree_on_every_byte(plane, dtype):
 def test_int8_sums_are_exact(m, n, k, block_k):
     x, _, codes, _, _ = operands(m, n, k)
     ones = jnp.ones((m,), jnp.float32), jnp.asarray(pack_ternary(codes)), jnp.ones((n,), jnp.float32)
-    settings = Settings(16, 32, block_k, 4, 2)  # 150 rows are more tiles than one group of them holds
+    settings = TileConfig(16, 32, block_k, 4, 2)  # 150 rows are more tiles than one group of them holds
     got = triton.matmul(jnp.asarray(x), *ones, None, settings=settings, out_dtype=jnp.float32, interpret=True)
     np.testing.assert_array_equal(got, x.astype(np.int64) @ codes.T.astype(np.int64))
 
@@ -142,7 +142,7 @@ def test_edges_are_masked_and_whole_tiles_are_not(m, n, k, unmasked):
     """The interpreter pads an operand that is read or written beyond its end; a GPU has other arrays there."""
     x, row_scale, codes, scale, bias = operands(m, n, k)
     given = map(jnp.asarray, (x, row_scale, pack_ternary(codes), scale, bias))
-    settings = Settings(32, 32, 256, 4, 2)
+    settings = TileConfig(32, 32, 256, 4, 2)
     kernel = jax.make_jaxpr(lambda *a: triton.matmul(*a, settings=settings, out_dtype=jnp.float32))(*given)
     touched = [line for line in str(kernel).splitlines() if " <- " in line]
     assert len(touched) == 6

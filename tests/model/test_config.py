@@ -38,9 +38,9 @@ def test_bad_json_is_refused_by_name(change, message):
 def test_transformer_has_the_published_number_of_parameters(preset, parameters):
     import math
 
-    from flux_jax.models.params import abstract_part, leaf_table
+    from flux_jax.models.params import abstract_component, leaf_table
 
-    table = leaf_table(abstract_part("transformer", preset))
+    table = leaf_table(abstract_component("transformer", preset))
     assert sum(math.prod(shape) for shape in table.values()) == parameters
 
 

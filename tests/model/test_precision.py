@@ -13,11 +13,12 @@ from flax import nnx
 
 from flux_jax.distill.options import Options
 from flux_jax.distill.student import student_of
-from flux_jax.models.attention import rotary
+from flux_jax.models.attention import rope_cos_sin
 from flux_jax.models.quantize import quantize_transformer
 from flux_jax.sampling.schedule import position_ids
 from pallas_kernels import Target, compiling_for, pack_ternary, ternary_matmul
-from pallas_kernels.fused import Gelu, fused_matmul
+from pallas_kernels.epilogues import Gelu
+from pallas_kernels.fused import fused_matmul
 
 GPU = Target("gpu", "9.0", "NVIDIA H100")
 PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -58,7 +59,7 @@ def modules():
 def velocity(transformer, img, txt, pooled):
     """Of 2 x 3 image tokens and 5 of text."""
     modulation = transformer.modulation(jnp.full(1, 0.7), jnp.full(1, 3.5), pooled)
-    rope = rotary(position_ids(2, 3, 5), transformer.config.axes_dim, transformer.config.theta)
+    rope = rope_cos_sin(position_ids(2, 3, 5), transformer.config.axes_dim, transformer.config.theta)
     return transformer(img, txt, modulation, jnp.asarray(rope))
 
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flux_jax.models.fused_linear import gated, modulated
+from flux_jax.models.fused_linear import gated_linear, modulated_linear
 from flux_jax.models.layers import layer_norm
 from flux_jax.models.ternary import TernaryLinear
 from pallas_kernels import Target, compiling_for
-from pallas_kernels.fused import Gelu, NormRotary
+from pallas_kernels.epilogues import Gelu, NormRope
 
 B, T, D, N, HEADS, CUT = 2, 5, 40, 100, 32, 52  # channels: two heads of 16, some as they are, and the MLP's
 ROUNDING = 1e-5  # of float32, relative to the largest value
@@ -25,8 +25,8 @@ def ternary(d_out, activations="int8"):
 
 
 def both(linear, x, shift, scale):
-    parts = (HEADS, NormRotary(WEIGHT, ROPE)), (CUT - HEADS, None), (N - CUT, Gelu())
-    return jnp.concatenate(modulated(linear, x, shift, scale, *parts), axis=-1)
+    parts = (HEADS, NormRope(WEIGHT, ROPE)), (CUT - HEADS, None), (N - CUT, Gelu())
+    return jnp.concatenate(modulated_linear(linear, x, shift, scale, *parts), axis=-1)
 
 
 def by_parts(linear, x, shift, scale):
@@ -39,7 +39,7 @@ def by_parts(linear, x, shift, scale):
 
 
 def back(linear, x, gate, residual):
-    return gated(linear, jnp.split(x, [D // 4], axis=-1), gate, residual)
+    return gated_linear(linear, jnp.split(x, [D // 4], axis=-1), gate, residual)
 
 
 def back_by_parts(linear, x, gate, residual):

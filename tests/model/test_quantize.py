@@ -16,8 +16,8 @@ from convert.engine import expected
 from convert.rules import FORMATS
 from flux_jax.config import dev
 from flux_jax.models import quantize
-from flux_jax.models.params import abstract_part, leaf_table
-from flux_jax.models.quantize import report, ternarize, ternary_paths
+from flux_jax.models.params import abstract_component, leaf_table
+from flux_jax.models.quantize import quantization_report, ternarize, ternary_paths
 
 K = 6
 ALL_CODES = np.array(list(itertools.product((-1, 0, 1), repeat=K)), np.float64)
@@ -83,14 +83,14 @@ def test_a_method_that_is_not_there():
 
 def test_what_is_ternary_in_flux_dev():
     """494 of 504 linears as published, 11.8 of 11.9 billion parameters; what stays is small."""
-    names = {name for name, shape in leaf_table(abstract_part("transformer", dev())).items() if len(shape) == 2}
+    names = {name for name, shape in leaf_table(abstract_component("transformer", dev())).items() if len(shape) == 2}
     published = expected("transformer", FORMATS["transformer"][0], dev(), dict.fromkeys(names, (84, 1)))
     ternary = ternary_paths(dev())
     count = sum(len(published[f"{path}.weight"].pieces) for path in ternary)
     assert (count, sum(len(weight.pieces) for weight in published.values())) == (494, 504)
     assert sum(map(math.prod, ternary.values())) == 11_834_228_736
     assert ternary["single_blocks.37.linear2"] == (3072, 15360)
-    last = report(dev()).splitlines()[-1]
+    last = quantization_report(dev()).splitlines()[-1]
     assert last == (
         "ternary: 11,834,228,736 of 11,901,408,320 parameters (99.44%), 494 of 504 linears as published, "
         "304 of 314 matrices here"

@@ -10,9 +10,9 @@ import pytest
 import tiny_model
 from flax import nnx
 
-from flux_jax.models.attention import rotary
+from flux_jax.models.attention import rope_cos_sin
 from flux_jax.models.layers import Linear
-from flux_jax.models.params import abstract_part, assemble, dotted, leaf_table, leaves
+from flux_jax.models.params import abstract_component, assemble, dotted, leaf_table, leaves
 from flux_jax.models.quantize import abstract_ternary, is_ternary, quantize_transformer, replace_linears, ternarize
 from flux_jax.models.ternary import PackedTernary, TernaryLinear
 from flux_jax.sampling.programs import Conditions, denoise
@@ -51,7 +51,7 @@ def velocity(transformer, key):
         for i, shape in enumerate([(6, config.in_channels), (5, config.text_dim), (config.pooled_dim,)])
     )
     modulation = transformer.modulation(jnp.full(PICTURES, 0.7), jnp.full(PICTURES, 3.5), pooled)
-    rope = rotary(position_ids(2, 3, 5), config.axes_dim, config.theta)
+    rope = rope_cos_sin(position_ids(2, 3, 5), config.axes_dim, config.theta)
     return transformer(img, txt, modulation, jnp.asarray(rope))
 
 
@@ -161,7 +161,7 @@ def dense_parts():
 def test_quantizing_leaves_the_given_transformer_alone(dense):
     table = leaf_table(dense)
     quantize_transformer(dense)
-    assert leaf_table(dense) == table == leaf_table(abstract_part("transformer", dataclasses.replace(
+    assert leaf_table(dense) == table == leaf_table(abstract_component("transformer", dataclasses.replace(
         tiny_model.config(), transformer=dense.config
     )))  # fmt: skip
 

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from flux_jax.config import TransformerConfig, dev, nano
-from flux_jax.models.attention import rotary
-from flux_jax.models.transformer import Transformer, sinusoidal
+from flux_jax.models.attention import rope_cos_sin
+from flux_jax.models.transformer import Transformer, timestep_embedding
 from flux_jax.sampling.schedule import position_ids
 
 FULL_WIDTH = 1e-4  # the same for sums of 3,072 to 15,360 products
@@ -33,7 +33,7 @@ def inputs(config: TransformerConfig, batch: int, rows: int, columns: int, text:
         "t": rng.uniform(0, 1, batch).astype(np.float32),
         "guidance": rng.uniform(1, 6, batch).astype(np.float32) if config.guidance_embeds else None,
         "ids": ids,
-        "rope": rotary(ids, config.axes_dim, config.theta),
+        "rope": rope_cos_sin(ids, config.axes_dim, config.theta),
     }
 
 
@@ -92,7 +92,7 @@ def test_one_block_at_full_width(double, single):
 def test_sinusoidal_equals_diffusers():
     reference = pytest.importorskip("torch_reference")
     t = np.random.default_rng(3).uniform(0, 6, 100).astype(np.float32)
-    actual = np.asarray(jax.jit(lambda t: sinusoidal(t, 256))(t))
+    actual = np.asarray(jax.jit(lambda t: timestep_embedding(t, 256))(t))
     frequencies = 10_000.0 ** (-np.arange(128) / 128)
     one_bit = 1000 * t[:, None] * frequencies * 2.0**-22  # of a frequency, as an angle
     error = np.abs(actual - reference.run_timesteps(1000 * t))

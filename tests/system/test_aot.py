@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flux_jax.runtime import aot
 from flux_jax.models.attention import attention
 from flux_jax.models.layers import Linear
-from flux_jax.models.fused_linear import modulated
+from flux_jax.models.fused_linear import modulated_linear
 from flux_jax.models.ternary import TernaryLinear
 from pallas_kernels import current_target, ternary_matmul
 from pallas_kernels.fused import Gelu
@@ -66,7 +66,7 @@ def text(function, *args, dump=None):
 # The front of a single block with ternary weights and 16-bit activations, at FLUX's size: values, and the MLP's half.
 d, hidden = 3072, 12288
 weights = shape((d + hidden, d // 4), jnp.uint8), shape((d + hidden,), jnp.float32), shape((d + hidden,), jnp.bfloat16)
-front = lambda x, shift, *weights: modulated(
+front = lambda x, shift, *weights: modulated_linear(
     TernaryLinear(*weights, d_in=d), x, shift, shift, (d, None), (hidden, Gelu())
 )
 tokens, shift = shape((1, 4608, d), jnp.bfloat16), shape((1, d), jnp.bfloat16)

@@ -19,9 +19,9 @@ from orbax.checkpoint import v1 as ocp
 
 from flux_jax.checkpoints import checkpoint, orbax_writer
 from flux_jax.checkpoints.checkpoint import MANIFEST, Checkpoint, resolve
-from flux_jax.checkpoints.writer import Writer, save
+from flux_jax.checkpoints.writer import CheckpointWriter, save
 from flux_jax.errors import UserError
-from flux_jax.models.params import PARTS, leaves
+from flux_jax.models.params import COMPONENTS, leaves
 
 CONFIG = tiny_model.config()
 # When one of its reads or writes fails, Orbax closes the event loop under the others, and each of them says so.
@@ -61,10 +61,10 @@ def same(a, b):
 def test_round_trip(pristine, modules):
     opened = Checkpoint.open(pristine)
     assert opened.config == CONFIG
-    assert opened.parts == tuple(PARTS)
+    assert opened.components == tuple(COMPONENTS)
     assert (opened.manifest["licence"], opened.manifest["source"]) == ("Apache-2.0", {"from": "a test"})
     assert (opened.tokenizers / "t5" / "tokenizer.json").is_file()
-    assert all(same(opened.load(part), modules[part]) for part in PARTS)
+    assert all(same(opened.load(part), modules[part]) for part in COMPONENTS)
     assert not list(pristine.parent.glob("*.partial"))
 
 
@@ -284,7 +284,7 @@ def test_overwriting(modules, tmp_path):
         save(tmp_path / "out", CONFIG, {"t5": modules["t5"]})
     assert (tmp_path / "out" / MANIFEST).read_bytes() == before
     save(tmp_path / "out", CONFIG, {"t5": modules["t5"]}, overwrite=True)
-    assert Checkpoint.open(tmp_path / "out").parts == ("t5",)
+    assert Checkpoint.open(tmp_path / "out").components == ("t5",)
     (tmp_path / "precious").mkdir()
     with pytest.raises(UserError, match="not a checkpoint, so it is not overwritten"):
         save(tmp_path / "precious", CONFIG, clip, overwrite=True)
@@ -294,7 +294,7 @@ def test_overwriting(modules, tmp_path):
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
 def test_an_interruption_leaves_nothing(tmp_path, stop):
     def stopped():
-        with Writer(tmp_path / "out") as writer:
+        with CheckpointWriter(tmp_path / "out") as writer:
             writer.add("clip", "a.weight", np.zeros(3, np.float32))
             raise stop
 
@@ -304,7 +304,7 @@ def test_an_interruption_leaves_nothing(tmp_path, stop):
 
 
 def test_after_a_crash_the_next_run_starts_clean(modules, tmp_path):
-    crashed = Writer(tmp_path / "out")
+    crashed = CheckpointWriter(tmp_path / "out")
     crashed.__enter__()  # and never left: the process was killed
     assert not (tmp_path / "out").exists()
     save(tmp_path / "out", CONFIG, {"clip": modules["clip"]})
@@ -334,7 +334,7 @@ def test_writes_that_fail_in_orbax_itself(flushed, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # the limit would cut it, and Python would keep it
 
     def write():
-        with Writer(tmp_path / "out") as writer:
+        with CheckpointWriter(tmp_path / "out") as writer:
             for name in ("a.weight", "b.weight"):
                 writer.add("clip", name, np.random.default_rng(0).standard_normal(300_000))
             writer.finish(CONFIG)

@@ -234,7 +234,10 @@ def test_wrong_judges_are_named_before_anything_is_drawn(models, prompts, tmp_pa
 @pytest.fixture
 def page(tmp_path):
     """A page of three pictures of known distances: far, identical, near."""
-    tasks, rows = [drawing.Task(i, prompt, i) for i, prompt in enumerate((HOSTILE, "a blue square", "a cross"))], []
+    tasks, rows = (
+        [drawing.ComparisonTask(i, prompt, i) for i, prompt in enumerate((HOSTILE, "a blue square", "a cross"))],
+        [],
+    )
     for task, shift in zip(tasks, (0, 90, 2), strict=True):
         shown = np.full((40, 64, 3), 100, np.uint8)
         for side, value in (("a", 0), ("b", shift)):

@@ -11,7 +11,7 @@ import numpy as np
 import published
 import pytest
 
-from convert.engine import load_module, make_plan
+from convert.engine import load_module, map_weights
 from convert.run import convert
 from convert.sources import Model
 from flux_jax.checkpoints.checkpoint import Checkpoint
@@ -47,7 +47,7 @@ def shape_list(layout: str, guidance: bool) -> dict:
 def test_full_size_shape_lists_map_without_a_tensor_left_over(layout, guidance):
     shapes = shape_list(layout, guidance)
     assert len(shapes) == TENSORS[layout, guidance]
-    plan = make_plan("transformer", dev() if guidance else schnell(), shapes_only(shapes))
+    plan = map_weights("transformer", dev() if guidance else schnell(), shapes_only(shapes))
     assert plan.faults == []
     used = [piece.name for weight in plan.weights.values() for piece in weight.pieces]
     assert sorted(used) == sorted(shapes)
@@ -102,15 +102,15 @@ def test_t5_xxl_has_its_219_tensors():
                 shape = {"wi_0": (10240, 4096), "wi_1": (10240, 4096), "wo": (4096, 10240)}.get(n, (4096, 4096))
                 shapes[f"encoder.block.{i}.layer.{j}.{kind}.{n}.weight"] = shape
     assert len(shapes) == 219
-    assert make_plan("t5", dev(), shapes_only(shapes)).faults == []
+    assert map_weights("t5", dev(), shapes_only(shapes)).faults == []
     tied = {"encoder.embed_tokens.weight": shapes.pop("shared.weight")} | shapes
-    assert make_plan("t5", dev(), shapes_only(tied)).faults == []
+    assert map_weights("t5", dev(), shapes_only(tied)).faults == []
     both = tied | {
         "shared.weight": (32128, 4096),
         "decoder.block.0.layer.0.SelfAttention.q.weight": (1,),
         "lm_head.weight": (1,),
     }
-    assert make_plan("t5", dev(), shapes_only(both)).faults == []
+    assert map_weights("t5", dev(), shapes_only(both)).faults == []
 
 
 @pytest.mark.parametrize("prefix", ["text_model.", ""])
@@ -132,7 +132,7 @@ def test_clip_with_and_without_its_prefix(prefix):
         shapes |= {f"{b}mlp.fc1.weight": (3072, 768), f"{b}mlp.fc1.bias": (3072,)}
         shapes |= {f"{b}mlp.fc2.weight": (768, 3072), f"{b}mlp.fc2.bias": (768,)}
     assert len(shapes) == 198
-    assert make_plan("clip", dev(), shapes_only(shapes)).faults == []
+    assert map_weights("clip", dev(), shapes_only(shapes)).faults == []
 
 
 def diffusers_vae(config: FluxConfig, seed: int = 0) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import torch_reference as reference
 from convert.__main__ import main
 from convert.engine import load_module
 from flux_jax.checkpoints.checkpoint import Checkpoint, resolve
-from flux_jax.models.params import PARTS, leaves
+from flux_jax.models.params import COMPONENTS, leaves
 from flux_jax.sampling.pipeline import FluxPipeline
 
 LATENTS = 1e-3  # max abs error of the final latents, over four steps in float32, relative to their largest value
@@ -27,7 +27,7 @@ def test_a_folder_that_diffusers_wrote(tmp_path, guidance, shard_bytes):
     opened = Checkpoint.open(tmp_path / "out")
     assert opened.config == dataclasses.replace(config, name="source")
     modules = {"transformer": pipe.transformer, "t5": pipe.text_encoder_2, "clip": pipe.text_encoder, "vae": pipe.vae}
-    for part in PARTS:
+    for part in COMPONENTS:
         wanted = load_module(part, config, reference.state_dict_numpy(modules[part]))
         stored = opened.read(part, opened.table(part))
         assert all(np.array_equal(stored[name], value) for name, value in leaves(wanted))

@@ -20,7 +20,7 @@ from flux_jax.cli.generate import main as generate
 from flux_jax.errors import UserError
 from flux_jax.io import png
 from flux_jax.models.params import leaves
-from flux_jax.models.quantize import METHODS, quantize_transformer, report, ternarize, ternary_paths
+from flux_jax.models.quantize import METHODS, quantization_report, quantize_transformer, ternarize, ternary_paths
 from flux_jax.sampling.pipeline import FluxPipeline
 from pallas_kernels import LAYOUT_VERSION, unpack_ternary
 
@@ -74,7 +74,7 @@ def test_what_is_stored(original, tmp_path, method, capsys):
     assert main([str(original), str(tmp_path / "out"), f"--ternary={method}"]) == 0
     done = capsys.readouterr()
     assert done.out == f"{tmp_path / 'out'}\n"
-    assert report(CONFIG) in done.err
+    assert quantization_report(CONFIG) in done.err
     assert "warning: the weights were rounded, not distilled" in done.err
     stored, dense, shapes = weights(tmp_path / "out"), weights(original), ternary_paths(CONFIG)
     for path, (n, k) in shapes.items():

@@ -160,7 +160,7 @@ def test_weights_that_a_ternary_checkpoint_takes():
         "transformer": {"a.packed": (np.dtype("uint8"), (4, 32)), "a.scale": (np.dtype("float32"), (4,))},
         "clip": {"b.weight": (np.dtype("float16"), (3, 5))},
     }
-    stored = SimpleNamespace(parts=tuple(tables), table=tables.get, quantization={"layout": 1})
+    stored = SimpleNamespace(components=tuple(tables), table=tables.get, quantization={"layout": 1})
     assert generate.weights(stored) == {"form": "ternary, the rest float16", "bytes": 4 * 32 + 4 * 4 + 2 * 15}
 
 

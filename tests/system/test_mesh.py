@@ -117,12 +117,11 @@ Checkpoint.read = None  # that would bring whole weights to the host
 for kind in ("float", "ternary"):
     transformer = tensor_parallel.load(Checkpoint.open(models[kind]), places)
     for path, leaf in nnx.to_flat_state(nnx.state(transformer)):
-        name = dotted(tuple(word for word in path if word != "linear"))  # of a layer inside a Summed or Gathered
-        wanted = jax.sharding.NamedSharding(places, tensor_parallel.spec(name))
-        assert leaf.sharding == wanted, (name, leaf.sharding)
-        assert leaf.addressable_shards[0].data.shape == wanted.shard_shape(leaf.shape)
-        matrix = "blocks" in name and leaf.ndim == 3
-        assert leaf.sharding.is_fully_replicated != matrix or not matrix and name.endswith(("bias", "scale")), name
+        name = dotted(tuple(word for word in path if word != "linear"))  # of a layer inside a RowParallelLinear or
+        ColumnParallelLinear wanted = jax.sharding.NamedSharding(places, tensor_parallel.partition_spec(name)) assert
+        leaf.sharding == wanted, (name, leaf.sharding) assert leaf.addressable_shards[0].data.shape ==
+        wanted.shard_shape(leaf.shape) matrix = "blocks" in name and leaf.ndim == 3 assert
+        leaf.sharding.is_fully_replicated != matrix or not matrix and name.endswith(("bias", "scale")), name
 print(json.dumps(found))
 """
 
@@ -141,7 +140,7 @@ ROWS = """
 import jax, numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 from flux_jax.models.ternary import TernaryLinear
-from flux_jax.sampling.tensor_parallel import Summed
+from flux_jax.sampling.tensor_parallel import RowParallelLinear
 
 rng = np.random.default_rng(0)
 codes, scale, bias = rng.integers(-1, 2, (24, 1024)).astype(np.int8), *rng.normal(size=(2, 24)).astype(np.float32)
@@ -149,7 +148,7 @@ whole = TernaryLinear.from_codes(codes, scale, bias, activations="int8")
 x = rng.normal(size=(2, 5, 1024)).astype(np.float32) * np.repeat(np.float32([1, 0.1, 3, 0.02]), 256)[None, None]
 
 def share(packed, scale, bias, x):
-    return Summed(TernaryLinear(packed, scale, bias, d_in=256, activations="int8"))(x)
+    return RowParallelLinear(TernaryLinear(packed, scale, bias, d_in=256, activations="int8"))(x)
 
 mesh, columns = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,)), P(None, "model")
 split = jax.shard_map(share, mesh=mesh, in_specs=(columns, P(), P(), P(None, None, "model")), out_specs=P(),
@@ -227,7 +226,7 @@ def test_meshes():
         tensor_parallel.check_heads(TransformerConfig(), 5)
     narrow = TransformerConfig(hidden_size=128, num_heads=2, axes_dim=(16, 24, 24))
     with pytest.raises(UserError, match="tiles of 128"):
-        tensor_parallel.joined(narrow, 2, "single_blocks.linear2.packed")
+        tensor_parallel.fused_sections(narrow, 2, "single_blocks.linear2.packed")
 
 
 def test_jobs_of_one_call():
@@ -241,10 +240,10 @@ def test_jobs_of_one_call():
         "true_cfg": 1.0,
     }
     base |= {"max_sequence_length": 12, "output": Path("a.png")}
-    made = [requests.Job(i, prompt=str(i), seed=i, **base) for i in range(5)]
+    made = [requests.Request(i, prompt=str(i), seed=i, **base) for i in range(5)]
     made[3] = dataclasses.replace(made[3], steps=9)
-    assert [[job.index for job in group] for group in requests.alike(made, 2)] == [[0, 1], [2], [3], [4]]
-    assert all(len(group) == 1 for group in requests.alike(made, 1))
+    assert [[job.index for job in group] for group in requests.batches(made, 2)] == [[0, 1], [2], [3], [4]]
+    assert all(len(group) == 1 for group in requests.batches(made, 1))
 
 
 def command(*argv: object) -> str:
@@ -307,7 +306,7 @@ def test_no_weight_is_gathered_on_four_h100():
     from flux_jax.sampling.programs import Conditions
 
     mesh = aot.mesh("h100", (1, 4), tensor_parallel.AXES)
-    spread = tensor_parallel.Spread(tensor_parallel.abstract(abstract_ternary(dev(), jnp.bfloat16), mesh), mesh)
+    spread = tensor_parallel.ShardedSampler(tensor_parallel.abstract(abstract_ternary(dev(), jnp.bfloat16), mesh), mesh)
 
     def array(*shape, dtype=jnp.float32, axes=("data",)):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))

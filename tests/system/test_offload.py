@@ -61,9 +61,9 @@ def test_auto_tiling_follows_the_free_memory(arguments, monkeypatch):
 
     monkeypatch.setattr(executor.denoise, "decode", Spy())
     for free, strips in ((10**12, None), (1, executor.STRIP_BYTES), (None, None)):
-        monkeypatch.setattr(executor.Stages, "compile", lambda *_: compiled)
+        monkeypatch.setattr(executor.StageExecutor, "compile", lambda *_: compiled)
         monkeypatch.setattr(memory, "free", lambda device, free=free: free)
-        executor.Stages().decode(arguments["vae"], [jnp.zeros((8, 64))], 2, 4)
+        executor.StageExecutor().decode(arguments["vae"], [jnp.zeros((8, 64))], 2, 4)
         assert seen[-1] == strips
 
 

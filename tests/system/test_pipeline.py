@@ -79,7 +79,7 @@ def test_same_seed_same_picture_in_any_batch(pipe, alone):
 @pytest.mark.parametrize(("dtype", "true_cfg"), [(jnp.float32, 1.0), (jnp.float32, 3.0), (jnp.bfloat16, 1.0)])
 def test_steps_driven_from_outside_give_the_same_bits(pipe, dtype, true_cfg):
     if dtype == jnp.bfloat16:
-        parts = {part: jax.tree.map(lambda p: p.astype(dtype), getattr(pipe, part)) for part in tiny_model.PARTS}
+        parts = {part: jax.tree.map(lambda p: p.astype(dtype), getattr(pipe, part)) for part in tiny_model.COMPONENTS}
         pipe = FluxPipeline(pipe.config, tokenizers=pipe.tokenizers, dtype=dtype, **parts)
     options = {"seed": 7, "true_cfg_scale": true_cfg, "output_type": "latent"}
     inside = pipe("a red circle", **options).images
@@ -183,7 +183,7 @@ def test_unseeded_calls_differ_and_can_be_repeated(pipe):
 
 @pytest.mark.parametrize("driven", [False, True])
 def test_nan_names_the_step(pipe, driven):
-    parts = {part: getattr(pipe, part) for part in tiny_model.PARTS}
+    parts = {part: getattr(pipe, part) for part in tiny_model.COMPONENTS}
     broken = jax.tree.map(lambda p: p, parts["transformer"])
     broken.final_layer.linear.bias[...] = jnp.full_like(broken.final_layer.linear.bias[...], jnp.nan)
     bad = FluxPipeline(pipe.config, tokenizers=pipe.tokenizers, **{**parts, "transformer": broken})

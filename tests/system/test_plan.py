@@ -10,19 +10,20 @@ import tiny_model
 
 from flux_jax.cli import plan
 from flux_jax.config import dev
+from flux_jax.models.params import nbytes
 from flux_jax.runtime import aot
-from flux_jax.sampling.planner import Model, Planner
+from flux_jax.sampling.planner import AbstractModel, Planner, StageMemory, describe
 
 SIZE = {"height": 32, "width": 64, "steps": 3, "length": 12}
 
 
 @pytest.fixture(scope="module")
 def planner() -> Planner:
-    return Planner(Model(tiny_model.config(), None, jnp.dtype("float32")), None, **SIZE)
+    return Planner(AbstractModel(tiny_model.config(), None, jnp.dtype("float32")), None, **SIZE)
 
 
 def test_weights_are_those_of_the_modules(planner):
-    size = {part: planner.nbytes(module) for part, module in tiny_model.modules(tiny_model.config()).items()}
+    size = {part: nbytes(module) for part, module in tiny_model.modules(tiny_model.config()).items()}
     text, denoise, decode = planner.stages()
     assert text.weights == size["t5"] + size["clip"]
     assert denoise.weights == size["transformer"]
@@ -34,8 +35,8 @@ def test_weights_are_those_of_the_modules(planner):
 def test_offloading_leaves_only_what_works(planner):
     stages = planner.stages("model")
     assert [stage.waiting for stage in stages] == [0, 0, 0]
-    layer = planner.nbytes(planner.model.part("t5").layers)  # of which the tiny T5 has one
-    assert planner.stages("layers")[0].weights == max(layer, planner.nbytes(planner.model.part("clip")))
+    layer = nbytes(planner.model.component("t5").layers)  # of which the tiny T5 has one
+    assert planner.stages("layers")[0].weights == max(layer, nbytes(planner.model.component("clip")))
 
 
 def test_the_first_flag_that_helps_is_named(planner, monkeypatch):
@@ -45,21 +46,21 @@ def test_the_first_flag_that_helps_is_named(planner, monkeypatch):
         ("layers", "off"): (1, 4, 6), ("layers", "on"): (1, 4, 2),
     }  # fmt: skip
     stages[("none", "off")] = (20, 20, 22)
-    monkeypatch.setattr(planner, "stages", lambda *flags: [planner.Stage("s", 0, 0, total) for total in stages[flags]])
+    monkeypatch.setattr(planner, "stages", lambda *flags: [StageMemory("s", 0, 0, total) for total in stages[flags]])
     both = "--offload layers --vae-tiling on"
     expected = {30: "", 20: "--vae-tiling on", 12: "--offload model", 7: "--offload layers", 5: both}
     for capacity, flags in expected.items():
         monkeypatch.setattr(planner, "capacity", capacity)
-        words, figures = planner.describe(planner, "none", "off")
+        words, figures = describe(planner, "none", "off")
         assert figures["fits"] is (not flags)
         assert figures["remedy"] == (flags or None)
         assert (f"does with {flags}." if flags else "It fits: ") in words
     monkeypatch.setattr(planner, "capacity", 3)
-    words, figures = planner.describe(planner, "none", "off")
+    words, figures = describe(planner, "none", "off")
     assert "no flag for one device makes it; choose a ternary checkpoint, or split" in words
     assert figures["remedy"] is None
     monkeypatch.setattr(planner, "model", dataclasses.replace(planner.model, activations="int8"))
-    assert "; choose a smaller --size, or split" in planner.describe(planner, "none", "off")[0]
+    assert "; choose a smaller --size, or split" in describe(planner, "none", "off")[0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which backend and tiles a product gets: by device, shape and operand; tables of measured settings."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,8 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import LAYOUT_VERSION, Target, compiling_for, pack_ternary, packed_width, supported, ternary_matmul
-from pallas_kernels import settings as s
+from pallas_kernels import (
+    LAYOUT_VERSION,
+    Target,
+    compiling_for,
+    pack_ternary,
+    packed_width,
+    supported,
+    ternary_matmul,
+    tiling,
+)
+from pallas_kernels import dispatch as s
 
 CPU, T4 = Target("cpu"), Target("gpu", "7.5", "Tesla T4")
 A100, A10, H100 = (
@@ -18,17 +28,18 @@ A100, A10, H100 = (
 SHARED_MEMORY = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227}  # KiB a block may have, from NVIDIA's programming guide
 ITEMSIZE = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 FLUX = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (18432, 3072), (21504, 3072), (3072, 15360)]
-ROW = {"operand": "int8", "m": 512, "n": 3072, "k": 3072, "settings": s.asdict(s.Settings(64, 64, 128, 4, 2))}
+TILE = tiling.TileConfig(64, 64, 128, 4, 2)
+ROW = {"operand": "int8", "m": 512, "n": 3072, "k": 3072, "settings": dataclasses.asdict(TILE)}
 NANO = [(384, 128), (128, 128), (512, 128), (128, 512), (768, 128), (896, 128), (128, 640)]
 
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
     """An empty folder in place of the measured tables."""
-    monkeypatch.setattr(s, "TABLES", tmp_path)
-    s.read_table.cache_clear()
+    monkeypatch.setattr(tiling, "TABLES", tmp_path)
+    tiling.read_table.cache_clear()
     yield tmp_path
-    s.read_table.cache_clear()
+    tiling.read_table.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -51,9 +62,13 @@ def test_an_unsupported_backend_is_refused_by_name_and_replaced_otherwise(target
     with pytest.raises(
         ValueError, match=f"implementation is 'triton': .*need.*{target.compute_capability}.*expected None or"
     ):
-        s.choose("triton", target, 64, "int8")
+        s.choose_implementation("triton", target, 64, "int8")
     for _ in range(2):
-        assert s.choose(None, target, 64, "int8") == s.choose("xla", target, 64, "int8") == "xla"
+        assert (
+            s.choose_implementation(None, target, 64, "int8")
+            == s.choose_implementation("xla", target, 64, "int8")
+            == "xla"
+        )
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1 and "XLA" in err
 
@@ -69,8 +84,8 @@ def test_an_unsupported_backend_is_refused_by_name_and_replaced_otherwise(target
     ],
 )
 def test_none_takes_the_kernel_where_it_pays(m, operand, backend):
-    assert s.choose(None, H100, m, operand) == backend
-    assert s.choose("triton", H100, m, operand) == "triton"
+    assert s.choose_implementation(None, H100, m, operand) == backend
+    assert s.choose_implementation("triton", H100, m, operand) == "triton"
 
 
 def test_the_line_is_printed_once_a_process_and_triton_is_not_imported():
@@ -97,11 +112,11 @@ def test_a_product_is_traced_for_the_target_that_is_told():
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("operand", ITEMSIZE)
-@pytest.mark.parametrize("epilogue", s.EPILOGUES)
+@pytest.mark.parametrize("epilogue", tiling.EPILOGUES)
 def test_heuristic_settings_fit_the_device(capability, operand, epilogue):
     for n, k in FLUX + NANO:
         for m in (1, 16, 17, 77, 512, 1024, 4608):
-            settings = s.heuristic(Target("gpu", capability), m, n, k, operand, epilogue)
+            settings = tiling.heuristic_tiles(Target("gpu", capability), m, n, k, operand, epilogue)
             x = settings.block_m * settings.block_k * ITEMSIZE[operand]
             w = settings.block_n * settings.block_k // 4
             # The load pipeline's buffers; Hopper's asynchronous products hold x for one stage more.
@@ -112,12 +127,12 @@ def test_heuristic_settings_fit_the_device(capability, operand, epilogue):
 
 
 def test_measured_settings_are_used_for_their_shape_and_near_it(tables):
-    measured = [s.Settings(64, 64, 128, 4, 2), s.Settings(128, 64, 128, 4, 2)]
+    measured = [tiling.TileConfig(64, 64, 128, 4, 2), tiling.TileConfig(128, 64, 128, 4, 2)]
     rows = [
-        {**ROW, "epilogue": "gelu", "m": m, "settings": s.asdict(settings)}
+        {**ROW, "epilogue": "gelu", "m": m, "settings": dataclasses.asdict(settings)}
         for m, settings in zip((512, 4608), measured, strict=True)
     ]
-    s.table_path("NVIDIA H100").write_text(
+    tiling.table_path("NVIDIA H100").write_text(
         json.dumps({"device": "NVIDIA H100", "layout": LAYOUT_VERSION, "rows": rows})
     )
     assert [p.name for p in tables.iterdir()] == ["nvidia_h100.json"]
@@ -128,7 +143,7 @@ def test_measured_settings_are_used_for_their_shape_and_near_it(tables):
         (2400, measured[1]),
         (4608, measured[1]),
     ]:
-        assert s.choose_settings(H100, m, 3072, 3072, "int8", "gelu") == expected
+        assert tiling.choose_tiles(H100, m, 3072, 3072, "int8", "gelu") == expected
     for other in [
         (250, 3072, 3072, "int8", "gelu"),
         (9300, 3072, 3072, "int8", "gelu"),
@@ -136,9 +151,9 @@ def test_measured_settings_are_used_for_their_shape_and_near_it(tables):
         (512, 3072, 3072, "bfloat16", "gelu"),
         (512, 3072, 3072, "int8", "none"),
     ]:
-        assert s.choose_settings(H100, *other) == s.heuristic(H100, *other)
+        assert tiling.choose_tiles(H100, *other) == tiling.heuristic_tiles(H100, *other)
     own = 512, 3072, 3072, "int8", "gelu"
-    assert s.choose_settings(A10, *own) == s.heuristic(A10, *own)
+    assert tiling.choose_tiles(A10, *own) == tiling.heuristic_tiles(A10, *own)
 
 
 @pytest.mark.parametrize(
@@ -152,14 +167,14 @@ def test_measured_settings_are_used_for_their_shape_and_near_it(tables):
     ],
 )
 def test_a_damaged_or_outdated_table_is_an_error(tables, text, sentence):
-    s.table_path("NVIDIA H100").write_text(text)
+    tiling.table_path("NVIDIA H100").write_text(text)
     with pytest.raises(ValueError, match=sentence):
-        s.choose_settings(H100, 512, 3072, 3072, "int8")
+        tiling.choose_tiles(H100, 512, 3072, 3072, "int8")
 
 
 def test_tables_in_the_package_are_readable():
-    for path in s.TABLES.glob("*.json"):
-        assert s.read_table(path) and s.table_path(json.loads(path.read_text())["device"]) == path
+    for path in tiling.TABLES.glob("*.json"):
+        assert tiling.read_table(path) and tiling.table_path(json.loads(path.read_text())["device"]) == path
 
 
 @pytest.mark.parametrize(
@@ -175,4 +190,4 @@ def test_tables_in_the_package_are_readable():
 )
 def test_settings_that_no_kernel_can_have_are_refused(fields):
     with pytest.raises(ValueError, match="expected"):
-        s.Settings(*fields)
+        tiling.TileConfig(*fields)
