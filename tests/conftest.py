@@ -41,9 +41,8 @@ def pytest_addoption(parser):
 def kept_programs():
     """Most of the time goes into compiling, and the same tiny models come again and again. A cache for each worker, and
     for the processes that its tests start one by one: JAX's files are no safe meeting place for two that write."""
-    from flux_jax.runtime import (
-        compilation_cache,  # only here: what is imported before pytest is configured has unchecked signatures
-    )
+    # Only here: what is imported before pytest is configured has unchecked signatures.
+    from flux_jax.runtime import compilation_cache
 
     assert compilation_cache.enable() is not None
 

@@ -78,7 +78,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, "tests/evaluate")
-import test_folders as t
+import test_image_folders as t
 from flux_jax.io import atomic
 publish, count = atomic._publish_new, 0
 def dies(temporary, path):
