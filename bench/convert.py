@@ -32,6 +32,7 @@ from convert.rules import FORMATS, Format
 from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.errors import UserError
+from flux_jax.io.safetensors import file_header
 from flux_jax.models.params import abstract_component, leaf_table
 
 POOL = 2**24  # normal numbers that all weights are taken from, in pieces that start anywhere
@@ -65,15 +66,9 @@ def write_safetensors(
     file: Path, shapes: dict[str, tuple[int, ...]], pool: np.ndarray, rng: np.random.Generator
 ) -> int:
     """A file of bf16 tensors with values from the pool; returns its bytes. No tensor is held in memory."""
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        end = offset + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    bf16 = np.dtype(ml_dtypes.bfloat16)
     with open(file, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(file_header({name: (bf16, shape) for name, shape in shapes.items()}))
         for shape in shapes.values():
             left = int(np.prod(shape))
             while left:

@@ -17,16 +17,16 @@ from flax import nnx
 
 from bench import report
 from bench.memory import GIGABYTE, image_tokens
+from flux_jax.cli.arguments import parse_size
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.distill import student, training
 from flux_jax.distill.blockwise import BlockLoss
-from flux_jax.distill.end_to_end import VelocityLoss, own_starts
+from flux_jax.distill.end_to_end import VelocityLoss, rollout_starts
 from flux_jax.distill.options import LARGE, Options
 from flux_jax.models.params import abstract_component, leaf_table
 from flux_jax.models.quantize import is_ternary
 from flux_jax.runtime import aot
 from flux_jax.training import mesh as meshes
-from flux_jax.validation import parse_size
 
 
 def abstract(shape: Sequence[int], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -34,13 +34,13 @@ def abstract(shape: Sequence[int], dtype: Any, sharding: Any) -> jax.ShapeDtypeS
 
 
 def compiled_step(
-    devices: jax.sharding.Mesh, loss: Any, plan: training.FitConfig, params: Any, batch: dict, frozen: dict
+    devices: jax.sharding.Mesh, loss: Any, plan: training.FitConfig, params: Any, batch: dict, constants: Any
 ) -> Any:
-    """`training.update` compiled for those devices; params abstract, batch and frozen with shardings."""
+    """`training.update` compiled for those devices; params abstract, batch and constants with shardings."""
     state = jax.eval_shape(lambda p: training.init_state(plan, devices, p), params)
     state = jax.tree.map(lambda x: abstract(x.shape, x.dtype, meshes.parameter(devices, x.shape)), state)
-    step = jax.jit(lambda s, b, f, i: training.update(loss, plan, devices, s, b, f, i), donate_argnums=0)
-    return aot.compile_for(devices, step, state, batch, frozen, abstract((), jnp.int32, meshes.whole(devices)))
+    step = jax.jit(lambda s, b, c, i: training.update(loss, plan, devices, s, b, c, i), donate_argnums=0)
+    return aot.compile_for(devices, step, state, batch, constants, abstract((), jnp.int32, meshes.whole(devices)))
 
 
 def memory(compiled: Any) -> dict[str, int]:
@@ -107,10 +107,10 @@ def whole_step(gpu: str, config: FluxConfig, options: Options, tokens: int, coun
     }
     inputs = {name: abstract(size, jnp.float32, rows) for name, size in points.items()}
     sizes = {"rope": (2, text + tokens, shape.head_dim // 2), "guidance": ()}
-    frozen = {name: abstract(size, jnp.float32, whole) for name, size in sizes.items()}
+    constants = {name: abstract(size, jnp.float32, whole) for name, size in sizes.items()}
     plan = training.FitConfig.of(options, steps=options.learning_steps)
     params = nnx.to_pure_dict(state)
-    compiled = compiled_step(devices, VelocityLoss(graph, jnp.dtype(jnp.bfloat16)), plan, params, inputs, frozen)
+    compiled = compiled_step(devices, VelocityLoss(graph, jnp.dtype(jnp.bfloat16)), plan, params, inputs, constants)
     about = {"gpu": gpu, "devices": count, "program": "end to end", "batch": batch}
     sizes = {"parameters": parameter_count(params), "device_bytes": aot.target(gpu).memory_bytes}
     return about | sizes | memory(compiled)
@@ -140,7 +140,7 @@ def hours(config: FluxConfig, options: Options, tokens: int, rate: float) -> lis
         "held-out losses": 3 * options.held_out * steps,
         "blockwise: states": 2 * options.block_points,
         "blockwise: training": 3 * options.block_steps * options.block_batch,
-        "student's own trajectories": 2 * len(own_starts(options)) * options.own_trajectories * steps,
+        "student's own trajectories": 2 * len(rollout_starts(options)) * options.own_trajectories * steps,
         "end to end": 4 * options.end_to_end_steps * options.batch,
     }
     rows = [{"phase": phase, "forwards": count, "flop": count * forward} for phase, count in passes.items()]

@@ -21,13 +21,13 @@ from jax.sharding import AxisType
 from bench import draw, process, report, timing
 from bench.distill import block_training, memory, parameter_count
 from bench.memory import GIGABYTE, image_tokens
+from flux_jax.cli.arguments import parse_size
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.distill import training
 from flux_jax.distill.options import Options
 from flux_jax.errors import UserError
 from flux_jax.runtime.memory import peak
 from flux_jax.training import mesh as meshes
-from flux_jax.validation import parse_size
 
 KINDS = ("double_blocks", "single_blocks")
 LEAST_SECONDS = 10.0  # without which a kind is not begun
@@ -57,9 +57,9 @@ def trial(kind: str, config: FluxConfig, options: Options, tokens: int, steps: i
     compiled, seconds, losses = time.perf_counter() - start, [], []
     for step in range(steps + 1):  # the first is not counted
         start = time.perf_counter()
-        state, value, _ = jax.block_until_ready(program(state, batch, rope, np.int32(step)))
+        state, numbers = jax.block_until_ready(program(state, batch, rope, np.int32(step)))
         seconds.append(time.perf_counter() - start)
-        losses.append(float(value))
+        losses.append(float(numbers["loss"]))
     return {
         "block": kind.removesuffix("s"),
         "parameters": parameter_count(params),

@@ -14,18 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from bench import report
+from flux_jax.cli.arguments import parse_size
 from flux_jax.config import FluxConfig, dev, nano
 from flux_jax.models.params import abstract_component, nbytes
 from flux_jax.models.quantize import METHODS, abstract_ternary, ternarize, ternary_paths
 from flux_jax.runtime import aot
-from flux_jax.sampling.programs import Conditions, denoise
-from flux_jax.validation import parse_size
+from flux_jax.sampling.programs import abstract_inputs, denoise
 from pallas_kernels import pack_ternary
 
 WEIGHTS = {"bf16": None, "ternary A16": "bf16", "ternary A8": "int8"}  # kind of weights -> activations of its layers
@@ -41,28 +40,11 @@ def abstract_transformer(config: FluxConfig, weights: str) -> nnx.Module:
     return abstract_ternary(config, jnp.bfloat16, activations=activations)
 
 
-def abstract_inputs(config: FluxConfig, steps: int, tokens: int) -> tuple[Any, Any, Conditions]:
-    """Latents, sigmas and conditions of one picture of so many tokens, as `flux_jax.sampling.programs.denoise` takes
-    them."""
-    transformer, text = config.transformer, config.sampling.max_sequence_length
-
-    def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    conditions = Conditions(
-        text=array(1, text, transformer.text_dim, dtype=jnp.bfloat16),
-        pooled=array(1, transformer.pooled_dim, dtype=jnp.bfloat16),
-        guidance=array(),
-        true_cfg=array(),
-        rope=array(2, text + tokens, transformer.head_dim // 2),
-    )
-    return array(tokens, transformer.in_channels), array(steps + 1), conditions
-
-
 def measure(gpu: str, weights: str, config: FluxConfig, steps: int, tokens: int) -> dict[str, Any]:
     """The figures of one compiled loop; all sizes in bytes."""
     transformer = abstract_transformer(config, weights)
-    compiled = aot.compile_for(gpu, denoise, transformer, *abstract_inputs(config, steps, tokens))
+    inputs = abstract_inputs(config.transformer, steps, tokens, config.sampling.max_sequence_length, jnp.bfloat16)
+    compiled = aot.compile_for(gpu, denoise, transformer, *inputs)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     figures = {
         "gpu": gpu,

@@ -92,7 +92,16 @@ def _only(paths: Iterator[Path]) -> str:
 
 
 def parse(sass: str) -> list[str]:
-    """The instructions without their predicates; a branch to a label names the index of its target instead."""
+    """The instructions without their predicates; a branch to a label names the index of its target instead.
+
+    nvdisasm writes a loop as the left side; the right side is what comes out, of which `loop` takes the last three:
+
+                /*0000*/  MOV R1, c[0x0][0x28] ;                 MOV R1, c[0x0][0x28]
+        .L_x_0:
+                /*0010*/  HMMA.16816.F32 R4, R8, R2, R4 ;        HMMA.16816.F32 R4, R8, R2, R4
+                /*0020*/  BAR.SYNC.DEFER_BLOCKING 0x0 ;          BAR.SYNC.DEFER_BLOCKING 0x0
+                /*0030*/  @P0 BRA `(.L_x_0) ;                    BRA @1
+    """
     labels, code = {}, []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):

@@ -7,19 +7,17 @@ dtypes fit; one report has all faults.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from convert.rules import FORMATS, Format, Rule
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.io.safetensors import FLOATS, Source
-from flux_jax.models.params import abstract_component, assemble, leaf_table
+from flux_jax.models.params import abstract_component, leaf_table
 
 SHOWN = 40  # faults printed before "and N more"
 
@@ -168,15 +166,3 @@ def read_weight(source: Source, weight: Weight, dtype: Any = None) -> np.ndarray
     if weight.change == "swap":
         out = np.concatenate(np.split(out, 2)[::-1])
     return out
-
-
-def load_module(component: str, config: FluxConfig, tensors: Mapping[str, Any], dtype=jnp.float32) -> nnx.Module:
-    """A component of the model from tensors in any known format. Raises UserError with all faults."""
-    source = Source.from_arrays(tensors)
-    plan = map_weights(component, config, source)
-    if plan.faults:
-        raise conversion_error(plan.faults, f"these tensors are not a {component} of this configuration")
-    return assemble(
-        abstract_component(component, config),
-        lambda names: {n: read_weight(source, plan.weights[n], dtype) for n in names},
-    )

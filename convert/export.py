@@ -23,7 +23,7 @@ from convert.weight_format import dense_stream, dense_table
 from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.errors import UserError
 from flux_jax.io.atomic import begin, disk_is_full, publish, working_name
-from flux_jax.io.safetensors import FLOATS
+from flux_jax.io.safetensors import FLOATS, file_header
 from flux_jax.models.params import COMPONENTS, abstract_component, leaf_table
 
 CLASSES = {
@@ -41,7 +41,7 @@ WEIGHTS = {
     "t5": "model.safetensors",
     "clip": "model.safetensors",
 }
-NAMES = {np.dtype(dtype): name for name, dtype in FLOATS.items()}
+STORED = set(map(np.dtype, FLOATS.values()))
 
 
 def export(name: str | Path, out: Path, *, quiet: bool = False) -> None:
@@ -92,27 +92,20 @@ def _write_component(checkpoint: Checkpoint, component: str, file: Path, quiet: 
 
     fmt, table = FORMATS[component][0], dense_table(checkpoint, component)
     weights = expected(component, fmt, checkpoint.config, leaf_table(abstract_component(component, checkpoint.config)))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    tensors = {}
     for path, weight in weights.items():
-        if path not in table or table[path][1] != weight.shape or table[path][0] not in NAMES:
+        dtype, shape = table.get(path, (None, None))
+        if dtype not in STORED or shape != weight.shape:
             raise UserError(
                 f"{checkpoint.directory}: {path} of the {component} is missing, or not of shape {list(weight.shape)}"
             )
-        for piece in weight.pieces:
-            size = math.prod(piece.shape) * table[path][0].itemsize
-            offsets = [offset, offset + size]
-            header[fmt.prefixes[0] + piece.name] = {
-                "dtype": NAMES[table[path][0]], "shape": list(piece.shape), "data_offsets": offsets
-            }  # fmt: skip
-            offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+        tensors |= {fmt.prefixes[0] + piece.name: (dtype, piece.shape) for piece in weight.pieces}
+    total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
     with (
         open(file, "wb") as f,
-        tqdm(total=offset, unit="B", unit_scale=True, file=sys.stderr, desc=component, disable=quiet) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, desc=component, disable=quiet) as bar,
     ):
-        f.write(len(text).to_bytes(8, "little") + text)
+        f.write(file_header(tensors, {"format": "pt"}))
         for path, value in dense_stream(checkpoint, component, weights):
             for piece in _pieces(weights[path], value):
                 f.write(memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))

@@ -6,28 +6,31 @@ Memory: the largest source tensor, in the source's dtype and in the target's, wh
 holds, for a checkpoint what is read of it at a time, and fixed overhead.
 """
 
-import hashlib
 import shutil
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from convert.engine import WeightMap, conversion_error, map_weights, read_weight
 from convert.sources import Model, licence_files
+from convert.tokenizers import ensure_tokenizer_json
 from convert.weight_format import WeightFormat
 from flux_jax.checkpoints.checkpoint import Checkpoint
+from flux_jax.checkpoints.checksums import digest
 from flux_jax.checkpoints.manifest import MANIFEST, TOKENIZERS
-from flux_jax.checkpoints.tokenizers import Tokenizers, ensure_tokenizer_json
+from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.checkpoints.writer import CheckpointWriter
 from flux_jax.errors import UserError
 from flux_jax.io.safetensors import Source
 
 MARGIN = 1.01  # of disk space beyond the weights, for the files around them
-HASH_BLOCK = 2**22
 BFLOAT16 = WeightFormat()
+T = TypeVar("T")
 
 
 def convert(
@@ -44,19 +47,19 @@ def convert(
     with CheckpointWriter(out, overwrite=overwrite) as writer:
         _check_space(out, _size(shapes, form))
         tokenizers = _tokenizers(model, writer.working / TOKENIZERS)
-        hashes = Hashes(file for source in sources.values() for file in source.files)
+        files = [file for source in sources.values() for file in source.files]
+        hashes = in_background(lambda: {file: digest(file) for file in files})
         warnings = []
         with _progress(_size(shapes, form), quiet) as bar:
             for component, plan in plans.items():
                 warnings += _write(writer, component, _weights(plan, sources[component], form), form, bar)
             bar.set_description("hashing")
             sha256 = hashes.result()
-        names = {file: _relative(file, model) for file in sha256}
         writer.finish(
             model.config,
             tokenizers=tokenizers,
             quantization=form.quantization,
-            source={"from": model.origin, "sha256": {names[file]: digest for file, digest in sha256.items()}},
+            source={"from": model.origin, "sha256": {_relative(file, model): sha for file, sha in sha256.items()}},
             licence=model.licence,
             files=model.licence_files,
         )
@@ -168,30 +171,16 @@ def _progress(total: int, quiet: bool):
     return tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, disable=quiet, dynamic_ncols=True)
 
 
-class Hashes:
-    """SHA-256 of files, taken by a thread while the converter works on the same files."""
+def in_background(function: Callable[[], T]) -> "Future[T]":
+    """What the function returns or raises, computed by a thread while the converter works. Unlike an executor's thread
+    it ends with the program: whoever interrupts does not wait until 24 GB are hashed."""
+    future: Future[T] = Future()
 
-    def __init__(self, files: Iterable[Path]):
-        self._files = list(files)
-        self._digests: dict[Path, str] = {}
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def result(self) -> dict[Path, str]:
-        """File -> hexadecimal digest; waits for the thread. Raises what reading raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._digests
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            for file in self._files:
-                digest = hashlib.sha256()
-                with open(file, "rb", buffering=0) as f:
-                    while block := f.read(HASH_BLOCK):
-                        digest.update(block)
-                self._digests[file] = digest.hexdigest()
-        except OSError as error:
-            self._error = error
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -5,7 +5,6 @@ one sentence. Pure Python: a wrong flag is answered before JAX is imported.
 """
 
 import math
-import re
 import secrets
 from collections.abc import Sequence
 
@@ -27,32 +26,7 @@ def random_seed() -> int:
     return secrets.randbelow(SEED_LIMIT)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`1280x720` as (width, height)."""
-    match = re.fullmatch(r"(\d+)\s*[xX×]\s*(\d+)", text.strip())
-    if not match:
-        raise UserError(f"--size must read WIDTHxHEIGHT, such as 1024x768, not {text!r}.")
-    return int(match[1]), int(match[2])
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """`data=2,model=4` as {"data": 2, "model": 4}; an axis that is not named has one place."""
-    found = re.findall(r"(data|model)=([1-9]\d*)", text)
-    if not found or ",".join(f"{axis}={count}" for axis, count in found) != text or len(dict(found)) != len(found):
-        raise UserError(f"--mesh must read data=N,model=M, such as data=2,model=4, not {text!r}.")
-    return {axis: int(dict(found).get(axis, 1)) for axis in MESH_AXES}
-
-
-def aspect_size(text: str, area: int, multiple: int) -> tuple[int, int]:
-    """`16:9` as the (width, height) nearest to `area` pixels, both whole multiples of `multiple`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[:/]\s*(\d+(?:\.\d+)?)", text.strip())
-    ratio = float(match[1]) / float(match[2]) if match and float(match[2]) else 0.0
-    if not 0.1 <= ratio <= 10:
-        raise UserError(f"--aspect must read WIDTH:HEIGHT between 1:10 and 10:1, such as 16:9, not {text!r}.")
-    return _nearest(math.sqrt(area * ratio), multiple), _nearest(math.sqrt(area / ratio), multiple)
-
-
-def _nearest(edge: int | float, multiple: int) -> int:
+def nearest_multiple(edge: int | float, multiple: int) -> int:
     return max(1, math.floor(edge / multiple + 0.5)) * multiple
 
 
@@ -65,11 +39,11 @@ def fit_size(config: FluxConfig, height: int, width: int, *, strict: bool = Fals
     for name, edge in (("height", height), ("width", width)):
         if not isinstance(edge, int) or not 1 <= edge <= MAX_EDGE:
             raise UserError(f"{name} must be between {multiple} and {MAX_EDGE} pixels, not {edge!r}.")
-        fitted = min(_nearest(edge, multiple), MAX_EDGE)
+        fitted = min(nearest_multiple(edge, multiple), MAX_EDGE)
         if fitted != edge and strict:
             raise UserError(f"{name} {edge} is not a multiple of {multiple}; the nearest is {fitted}.")
         if fitted != edge:
-            notices.append(f"{name} {edge} is not a multiple of {multiple}; using {fitted} (--strict-size to fail).")
+            notices.append(f"{name} {edge} is not a multiple of {multiple}; using {fitted}.")
         edges.append(fitted)
     tokens = edges[0] * edges[1] // multiple**2
     if tokens > MAX_IMAGE_TOKENS:

@@ -1,12 +1,16 @@
-"""What holds for every test: strict JAX promotion, no network, no cache of an earlier run, the same draws."""
+"""What holds for every test: strict JAX promotion, no network, no cache of an earlier run, the same draws; how many
+processes run them; and the checkpoints that many of them read.
+"""
 
 import os
 import random
 import sys
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import jax
+import message_snapshots
 import numpy as np
 import parity
 import pytest
@@ -27,7 +31,11 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+MOST_WORKERS = 4  # each takes up to 3 GB, and one file is a worker's alone
+
+
 def pytest_addoption(parser):
+    parser.addoption("--update-snapshots", action="store_true", help="write tests/snapshots/messages.txt anew")
     parser.addoption(
         "--compile-kernels-for",
         nargs="+",
@@ -35,6 +43,30 @@ def pytest_addoption(parser):
         metavar="GPU",
         help="also compile, for GPUs that are not here, each call of a kernel that tests/kernels interprets",
     )
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(message_snapshots.Plugin(config))
+    if any("::" in word for word in config.args) and config.option.markexpr == "not slow":
+        config.option.markexpr = ""  # a test that is named is run, slow or not
+
+
+def pytest_report_header(config):
+    if config.option.markexpr == "not slow":
+        return "slow tests are left out: `pytest -m slow` runs them, `pytest -m ''` all"
+    return None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Of `-n auto`, the default: one for each core, and none where it would only be in the way: of one file, of what
+    is to be seen while it runs."""
+    files = {word.partition("::")[0] for word in config.args}
+    one_file = len(files) == 1 and files.pop().endswith(".py")
+    if one_file or config.option.capture == "no":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, MOST_WORKERS) if cores > 1 else 0
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,6 +95,22 @@ def hasty_compiler():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """tiny_model's, for all tests to read: one that changes it takes a copy."""
+    import tiny_model  # here for the reason given above
+
+    return tiny_model.save(tmp_path_factory.mktemp("checkpoint") / "tiny", tiny_model.config())
+
+
+@pytest.fixture(scope="session")
+def tiny_published_checkpoint(tmp_path_factory) -> Path:
+    """The same of a model that diffusers' classes can express, too."""
+    import tiny_model
+
+    return tiny_model.save(tmp_path_factory.mktemp("checkpoint") / "tiny", tiny_model.published_config())
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     """The same draws in every test, whatever ran before it; JAX needs none, its keys are explicit."""
@@ -70,6 +118,16 @@ def fixed_seeds():
     np.random.seed(0)  # noqa: NPY002 - third-party code draws from it
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of xdist's processes: the first one prints
+        session.config.workeroutput["parity"] = parity.ROWS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    parity.ROWS.extend(getattr(node, "workeroutput", {}).get("parity", ()))
 
 
 def pytest_terminal_summary(terminalreporter):

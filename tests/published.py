@@ -2,20 +2,40 @@
 diffusers' own sources, spelt out here a second time so that a mistake in `convert.rules` cannot hide.
 
 In: a FluxConfig, a seed. Out: dicts of name -> array in diffusers' layout, the same weights in BFL's, files and
-folders.
+folders. `load_module` is the way back, by the converter, from such a dict to one of our modules.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 
+from convert.engine import conversion_error, map_weights, read_weight
 from flux_jax.config import FluxConfig, TransformerConfig, VAEConfig
+from flux_jax.io.safetensors import FLOATS, Entry, Source
+from flux_jax.models.params import abstract_component, assemble
 
 BF16 = ml_dtypes.bfloat16
+PROMPTS = [  # what tokenizers differ in
+    "a red circle to the left of a blue square",
+    "",
+    "   ",
+    " A  RED\tcircle, and two Green squares. ",
+    "e\u0301 E\u0301 ﬁ 123!?",
+    "Élan naïve 你好 🎈",
+    "don't it's we'll they'd I'm you've they're",
+    "new\nline, no-break\u00a0space, zero\u200bwidth, bell\x07",
+    "</s> <pad> <unk> <|endoftext|> x <|startoftext|> <|ENDOFTEXT|> <|STARTOFTEXT|> <extra_id_0>",
+    "a " * 80,
+    "star" * 40,
+]
 
 
 def diffusers_transformer(c: TransformerConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -150,3 +170,33 @@ def write_shards(folder: Path, tensors: Mapping[str, np.ndarray], shards: int, s
 def config_file(path: Path, config: FluxConfig) -> Path:
     path.write_text(json.dumps(config.to_json()))
     return path
+
+
+@dataclass
+class InMemory(Source):
+    """Tensors that lie in no file, for the converter."""
+
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        return self.arrays[name]
+
+
+def load_module(component: str, config: FluxConfig, tensors: Mapping[str, Any], dtype=jnp.float32) -> nnx.Module:
+    """A component of the model from tensors in any known format. UserError with all faults."""
+    names = {np.dtype(kind): name for name, kind in FLOATS.items()}
+    arrays = {name: np.asarray(value) for name, value in tensors.items()}
+    entries = {name: Entry(names.get(value.dtype, str(value.dtype)), value.shape) for name, value in arrays.items()}
+    source = InMemory("tensors in memory", entries, arrays=arrays)
+    plan = map_weights(component, config, source)
+    if plan.faults:
+        raise conversion_error(plan.faults, f"these tensors are not a {component} of this configuration")
+    return assemble(
+        abstract_component(component, config),
+        lambda names: {name: read_weight(source, plan.weights[name], dtype) for name in names},
+    )
+
+
+def transformers_ids(tokenizer, prompts: list[str], length: int) -> np.ndarray:
+    """Ids [b, length] of one of transformers' tokenizers, called as FLUX's pipeline does."""
+    return np.array(tokenizer(prompts, padding="max_length", max_length=length, truncation=True).input_ids)

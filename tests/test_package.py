@@ -16,8 +16,7 @@ PACKAGES = ("convert", "flux_jax", "pallas_kernels")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
 IMPORT_NAMES = {"orbax-checkpoint": "orbax", "pillow": "PIL"}  # where it is not the distribution's name
-# Used where installed, and said where missed
-OPTIONAL = {"matplotlib", "transformers", "sentencepiece", "skimage", "jinja2"}
+OPTIONAL = {"matplotlib", "skimage", "jinja2"}  # used where installed, and said where missed
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
@@ -54,19 +53,20 @@ def run(code: str) -> str:
 
 
 def test_importing_any_module_starts_nothing():
-    """Neither torch nor a JAX backend: an import must not take a GPU, nor seconds."""
+    """Neither torch, transformers nor a JAX backend: an import must not take a GPU, nor seconds."""
     code = f"""
 import importlib, pkgutil, sys
 for package in {PACKAGES}:
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
         importlib.import_module(module.name)
 from jax._src import xla_bridge
-print(xla_bridge.backends_are_initialized(), sorted({{"torch", "diffusers"}} & set(sys.modules)))
+slow = {{"torch", "diffusers", "transformers", "sentencepiece"}}
+print(xla_bridge.backends_are_initialized(), sorted(slow & set(sys.modules)))
 """
     assert run(code) == "False []"
 
 
 def test_command_line_starts_without_slow_imports():
     """`python -m flux_jax.generate` has seconds, and these take seconds: functions that need them import them."""
-    slow = {"transformers", "huggingface_hub", "matplotlib", "optax", "scipy", "torch", "diffusers"}
+    slow = {"transformers", "sentencepiece", "huggingface_hub", "matplotlib", "optax", "scipy", "torch", "diffusers"}
     assert run(f"import sys, flux_jax.generate; print(sorted({slow} & set(sys.modules)))") == "[]"

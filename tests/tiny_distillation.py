@@ -1,10 +1,14 @@
-"""A distillation so small that it runs in seconds: teacher, prompts, options, and processes that die when told."""
+"""A distillation so small that it runs in seconds: teacher, prompts, options, and runs that die when told."""
 
 import dataclasses
+import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,9 @@ import tiny_model
 from flux_jax.checkpoints import writer
 from flux_jax.config import FluxConfig
 from flux_jax.distill.options import Options
+from flux_jax.io import atomic
+from flux_jax.training import mesh
+from flux_jax.training.loop import Trainer
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [f"{n} {a} {shape} and {m} {b} {other}" for n in ("a", "two") for m in ("a", "three") for a in ("red", "blue")
@@ -55,35 +62,51 @@ def flags(options: Options) -> list[str]:
     return words
 
 
-DYING = """
-import itertools, os, signal, sys
-from flux_jax.distill import store, training
+class Killed(BaseException):
+    """Stands for a kill, where a test's own process is to go on."""
 
-where, count = sys.argv[1], int(sys.argv[2])
-calls = itertools.count(1)
 
-def dying(function, counts=lambda *args: True):
-    def wrapped(*args, **options):
-        if counts(*args) and next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+def raise_killed() -> NoReturn:
+    raise Killed
+
+
+def die_at(place: list, die: Callable[[], Any] = raise_killed, patch: Callable[..., None] = setattr) -> None:
+    """Makes `die` be called at a place:
+
+    ["step", phase, n]    before step n of a phase
+    ["publish", name]     a store whose path ends so is written, but has not got its name
+    ["barrier", name]     where processes wait for one another: a store of this name is written, or to be removed
+    ["rename", name]      Orbax has written a checkpoint whose path ends so, but it has not got its name
+    """
+    kind, *where = place
+    if kind == "step":
+        run = Trainer.run
+
+        def run_dying(self, state, update, *rest):
+            def step(state, batch, number):
+                if [self.phase, int(number)] == where:
+                    die()
+                return update(state, batch, number)
+
+            return run(self, state, step, *rest)
+
+        patch(Trainer, "run", run_dying)
+        return
+    module, argument = {"publish": (atomic, 1), "barrier": (mesh, 0), "rename": (os, 1)}[kind]
+    function = getattr(module, kind)
+
+    def dying(*args, **options):
+        if str(args[argument]).endswith(where[0]):
+            die()
         return function(*args, **options)
-    return wrapped
 
-if where == "store":
-    store.save = dying(store.save)
-elif where == "step":
-    training.update = dying(training.update)
-elif where == "orbax":  # everything is written, the name is not given yet
-    os.rename = dying(os.rename, lambda source, *_: "/checkpoints/" in str(source))
-from flux_jax.distill.__main__ import main
-sys.exit(main(sys.argv[3:]))
-"""
+    patch(module, kind, dying)
 
 
 def environment(devices: int = 1) -> dict[str, str]:
     """Of a process with so many CPU devices, and with the strictness of these tests."""
     return os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
@@ -92,7 +115,19 @@ def environment(devices: int = 1) -> dict[str, str]:
     }
 
 
-def run(words: list[str], die: tuple[str, int] = ("nowhere", 0), devices: int = 1) -> subprocess.CompletedProcess:
-    """The command line in a process of its own, killed by SIGKILL at the named place's call number die[1]."""
-    command = [sys.executable, "-c", DYING, die[0], str(die[1]), *words]
-    return subprocess.run(command, env=environment(devices), capture_output=True, text=True, check=False, timeout=900)
+DYING = "import sys, tiny_distillation; sys.exit(tiny_distillation.main(*sys.argv[1:]))"
+
+
+def main(place: str, *words: str) -> int:
+    """In a process of its own: the command line, until SIGKILL at the place, if there is one (JSON)."""
+    from flux_jax.cli import distill
+
+    if where := json.loads(place):
+        die_at(where, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return distill.main(words)
+
+
+def start(words: list[str], place: list | None = None) -> subprocess.Popen:
+    """The command line in a process of its own, killed by SIGKILL at the place."""
+    command = [sys.executable, "-c", DYING, json.dumps(place), *words]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

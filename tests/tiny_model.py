@@ -39,19 +39,21 @@ def schnell_config() -> FluxConfig:
     )
 
 
+def published_config() -> FluxConfig:
+    """The same as diffusers' classes can express it, too."""
+    return dataclasses.replace(config(), transformer=dataclasses.replace(config().transformer, timestep_dim=256))
+
+
 def modules(config: FluxConfig, seed: int = 0) -> dict:
     """Part -> module; matrices drawn at 1 / sqrt(fan in), norms near one."""
     rng = np.random.default_rng(seed)
-    built = {}
-    for part in params.COMPONENTS:
-        module = params.abstract_component(part, config)
-        shapes = params.leaf_table(module)
+    return {part: filled(params.abstract_component(part, config), rng) for part in params.COMPONENTS}
 
-        def read(names, shapes=shapes):
-            return {name: draw(rng, name, shapes[name]) for name in names}
 
-        built[part] = params.assemble(module, read)
-    return built
+def filled(module, rng: np.random.Generator):
+    """An abstract module (of `nnx.eval_shape`) with such weights: nothing is compiled to draw them."""
+    shapes = params.leaf_table(module)
+    return params.assemble(module, lambda names: {name: draw(rng, name, shapes[name]) for name in names})
 
 
 def draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:

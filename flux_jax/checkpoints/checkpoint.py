@@ -102,7 +102,7 @@ class Checkpoint:
     def tokenizers(self) -> Path:
         """The folder with t5/ and clip/. UserError if the checkpoint has none."""
         if self.manifest["tokenizers"] is None:
-            raise UserError(f"{self.directory} has no tokenizers: convert it again with --tokenizers")
+            raise UserError(f"{self.directory} has no tokenizers: convert it again with its tokenizers")
         return self.directory / self.manifest["tokenizers"]
 
     def table(self, component: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

@@ -5,7 +5,10 @@ shardings (Orbax reads the chunks in which a process's own shards lie). Out: the
 is filled layer by layer, so that beside the leaves themselves only `GROUP_BYTES` of weights are on the devices at once.
 
 Where a stored matrix joins several projections, a shard is not one piece of it but a share of each (`sections`): rows
-are restored in the order of the files and then exchanged between devices, once.
+are restored in the order of the files and then exchanged between devices, once. For queries, keys and values on two:
+
+    in the files, and as restored      q0 q1 k0 | k1 v0 v1      device 0 | device 1
+    as a shard wants it                q0 k0 v0 | q1 k1 v1      heads 0  | heads 1
 """
 
 import functools
@@ -43,30 +46,30 @@ def restore(
     flat = nnx.to_flat_state(state)
     asked, places = places, {leaf: automatic(sharding) for leaf, sharding in places.items()}
     filled: dict[str, jax.Array] = {}
-    slots: dict[str, tuple[str, int | None]] = {}  # of a stored weight: its leaf, and its layer there
+    homes: dict[str, tuple[str, int | None]] = {}  # of a stored weight: its leaf, and its layer there
     for path, variable in flat:
         leaf = dotted(path)
         layers = layer_names(leaf, variable.shape[0] if variable.shape else 0)
-        slots |= {leaf: (leaf, None)} if layers is None else {name: (leaf, i) for i, name in enumerate(layers)}
+        homes |= {leaf: (leaf, None)} if layers is None else {name: (leaf, i) for i, name in enumerate(layers)}
         if layers is not None:
             stored = table[layers[0]][0] if layers else variable.dtype  # a model may have no block of a kind
             filled[leaf] = jnp.zeros(variable.shape, target_dtype(leaf, stored, dtype), device=places[leaf])
-    for group in batches(slots, functools.partial(stored_bytes, table), GROUP_BYTES):
-        wanted, steps = {}, []
+    for group in batches(homes, functools.partial(stored_bytes, table), GROUP_BYTES):
+        wanted, slots = {}, []
         for name in group:
-            (leaf, layer), (stored, shape) = slots[name], table[name]
+            (leaf, layer), (stored, shape) = homes[name], table[name]
             spec = places[leaf].spec if layer is None else PartitionSpec(*places[leaf].spec[1:])
             where = NamedSharding(places[leaf].mesh, spec)
             wanted[name] = jax.ShapeDtypeStruct(shape, target_dtype(leaf, stored, dtype), sharding=where)
-            steps.append(Step(leaf, layer, sections(leaf), where, places[leaf]))
+            slots.append(Slot(leaf, layer, sections(leaf), where, places[leaf]))
         weights = dict(read(wanted))
-        started = {step.leaf: filled[step.leaf] for step in steps if step.layer is not None}
-        filled |= fill(started, [weights.pop(name) for name in group], tuple(steps))
+        started = {slot.leaf: filled[slot.leaf] for slot in slots if slot.layer is not None}
+        filled |= fill(started, [weights.pop(name) for name in group], tuple(slots))
     leaves = [(path, variable.replace(rewrapped(filled[dotted(path)], asked[dotted(path)]))) for path, variable in flat]
     return nnx.merge(definition, nnx.from_flat_state(leaves))
 
 
-class Step(NamedTuple):
+class Slot(NamedTuple):
     """Where a stored weight goes: the path of a leaf, its layer there (None: the leaf is not stacked), what it joins,
     and how it and the leaf lie on the mesh."""
 
@@ -77,14 +80,14 @@ class Step(NamedTuple):
     leaf_place: NamedSharding
 
 
-@functools.partial(jax.jit, static_argnames="steps", donate_argnames="leaves")
-def fill(leaves: dict[str, Any], weights: list[Any], steps: tuple[Step, ...]) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames="slots", donate_argnames="leaves")
+def fill(leaves: dict[str, Any], weights: list[Any], slots: tuple[Slot, ...]) -> dict[str, jax.Array]:
     """The leaves with the weights in them, stacked ones in the memory that they have: one program for a whole group."""
     found = dict(leaves)
-    for weight, step in zip(weights, steps, strict=True):
-        weight = interleave_sections(weight, step.sections, step.place) if step.sections else weight
-        whole = weight if step.layer is None else found[step.leaf].at[step.layer].set(weight)
-        found[step.leaf] = jax.lax.with_sharding_constraint(whole, step.leaf_place)
+    for weight, slot in zip(weights, slots, strict=True):
+        weight = interleave_sections(weight, slot.sections, slot.place) if slot.sections else weight
+        whole = weight if slot.layer is None else found[slot.leaf].at[slot.layer].set(weight)
+        found[slot.leaf] = jax.lax.with_sharding_constraint(whole, slot.leaf_place)
     return found
 
 

@@ -60,7 +60,9 @@ class CheckpointWriter:
 
     def __enter__(self) -> "CheckpointWriter":
         if self.directory.exists() and not self.overwrite:
-            raise UserError(f"{self.directory} exists already: choose another name, or give --overwrite to replace it")
+            raise UserError(
+                f"{self.directory} exists already: choose another name, or give overwrite=True to replace it"
+            )
         if self.overwrite and self.directory.exists() and not (self.directory / MANIFEST).is_file():
             raise UserError(f"{self.directory} is not a checkpoint, so it is not overwritten: choose another name")
         begin(self.working)
@@ -100,13 +102,14 @@ class CheckpointWriter:
         """Writes the manifest, brings everything to the disk and gives the directory its name.
 
         tokenizers: a folder with t5/ and clip/ (copied, unless it is `working`/tokenizers already); source: where it
-        came from ({"from": ..., "sha256": {file: hash}}); licence: its SPDX name; files: further files by name, such as
-        a licence text.
+        came from ({"from": ..., "sha256": {file: hash}}); licence: its SPDX name; files: further files by name
+        ("training/curve.png"), such as a licence text.
         """
         self._end_part()
         if tokenizers is not None and tokenizers != self.working / TOKENIZERS:
             shutil.copytree(tokenizers, self.working / TOKENIZERS)
         for name, content in (files or {}).items():
+            (self.working / name).parent.mkdir(parents=True, exist_ok=True)
             (self.working / name).write_bytes(content)
         manifest = {
             "format": "flux_jax checkpoint",

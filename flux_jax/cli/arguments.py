@@ -5,6 +5,7 @@ model's own default can fill it (`flux_jax.cli.requests`).
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ exit status: 2 bad input, 3 missing or gated weights, 4 out of memory"""
 
 
 PROMPTS_FILE = (
-    "many prompts: .txt, one a line, or .jsonl, objects with prompt and, if wanted, id, seed, width, height, steps, "
-    "guidance, negative_prompt, true_cfg; pictures that exist already are skipped"
+    "many prompts: .txt, one a line, .tsv with a column Prompt, or .jsonl, objects with prompt and, if wanted, id, "
+    "seed, width, height, steps, guidance, negative_prompt, true_cfg; pictures that exist already are skipped"
 )
 TRUE_CFG = "classifier-free guidance against the negative prompt; twice as slow (default: 1, off)"
 OFFLOADING = (
@@ -130,7 +131,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     ):
         raise UserError("Give the size once: --size, --aspect, or --width and --height.")
     if args.mesh is not None:
-        args.mesh = validation.parse_mesh(args.mesh)
+        args.mesh = parse_mesh(args.mesh)
     if args.processes > 1 and not (args.mesh and args.coordinator and args.seed):
         raise UserError("Several processes need --mesh, --coordinator, and a --seed that they agree on.")
     if not 0 <= args.process < args.processes:
@@ -138,3 +139,29 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.prompts_file and (args.prompts or args.from_metadata):
         raise UserError("--prompts-file brings its own prompts; leave out the others and --from-metadata.")
     return args
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`1280x720` as (width, height)."""
+    match = re.fullmatch(r"(\d+)\s*[xX×]\s*(\d+)", text.strip())
+    if not match:
+        raise UserError(f"--size must read WIDTHxHEIGHT, such as 1024x768, not {text!r}.")
+    return int(match[1]), int(match[2])
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`data=2,model=4` as {"data": 2, "model": 4}; an axis that is not named has one place."""
+    found = re.findall(r"(data|model)=([1-9]\d*)", text)
+    if not found or ",".join(f"{axis}={count}" for axis, count in found) != text or len(dict(found)) != len(found):
+        raise UserError(f"--mesh must read data=N,model=M, such as data=2,model=4, not {text!r}.")
+    return {axis: int(dict(found).get(axis, 1)) for axis in validation.MESH_AXES}
+
+
+def aspect_size(text: str, area: int, multiple: int) -> tuple[int, int]:
+    """`16:9` as the (width, height) nearest to `area` pixels, both whole multiples of `multiple`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[:/]\s*(\d+(?:\.\d+)?)", text.strip())
+    ratio = float(match[1]) / float(match[2]) if match and float(match[2]) else 0.0
+    if not 0.1 <= ratio <= 10:
+        raise UserError(f"--aspect must read WIDTH:HEIGHT between 1:10 and 10:1, such as 16:9, not {text!r}.")
+    width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    return validation.nearest_multiple(width, multiple), validation.nearest_multiple(height, multiple)

@@ -9,14 +9,13 @@ metrics and their curve; it may be deleted afterwards. The last line on stdout i
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+from flux_jax.cli.dataclass_flags import add_dataclass_flags, given
 from flux_jax.cli.main import Parser, guarded, program, say
 from flux_jax.distill.options import LARGE, QUICK, Options
 from flux_jax.errors import UserError
@@ -37,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    given = {name: value for name, value in vars(args).items() if name in FIELDS and value is not None}
-    options = Options(**((QUICK if args.quick else LARGE if args.large else {}) | given))
+    options = Options(**((QUICK if args.quick else LARGE if args.large else {}) | given(Options, args)))
     texts = prompts.read_all(args.prompts)
     connect(args, options)
     import jax
@@ -53,9 +51,6 @@ def run(args: argparse.Namespace) -> None:
             say(f"Trained; the same command as a single process now writes {args.out}.")
         losses = {name: about[name] for name in ("held_out_loss", "held_out_relative")}
         print(json.dumps({"out": str(args.out) if written else None} | losses))
-
-
-FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,17 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--coordinator", metavar="HOST:PORT", help="several processes: where the first one listens")
     add("--processes", type=int, metavar="N", help="several processes: how many")
     add("--process", type=int, metavar="I", help="several processes: which one this is, from 0")
-    group = parser.add_argument_group("options")
-    hints = typing.get_type_hints(Options)
-    for name, field in FIELDS.items():
-        flag, kind = f"--{name.replace('_', '-')}", hints[name]
-        text = f"{field.metadata['help']} (default: {field.default})"
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        elif choices := typing.get_args(kind):
-            group.add_argument(flag, choices=choices, default=None, help=text)
-        else:
-            group.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=text)
+    add_dataclass_flags(parser.add_argument_group("options"), Options)
     return parser
 
 

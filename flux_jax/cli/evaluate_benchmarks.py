@@ -6,7 +6,8 @@ benchmark's evaluator reads (`flux_jax.evaluate.benchmarks` has the layouts); pr
 
 import argparse
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,27 @@ from flux_jax.cli.sampling_arguments import add_sampling, sampling_of
 from flux_jax.errors import UserError
 from flux_jax.evaluate import benchmarks, image_folders
 from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, Picture, Prompt
+from flux_jax.evaluate.geneval import TAGS
 from flux_jax.evaluate.models import Variant
 from flux_jax.evaluate.render_prompts import once_for_each, painter, recorder
 
-Folders = list[tuple[Path, dict[str, Any], list[Picture], list[Picture]]]  # folder, its run.json, all, this shard's
+Split = Callable[[list[Prompt]], tuple[list[Prompt], list[Prompt]]]  # prompts -> all, this shard's
+Layout = Callable[[list[Prompt], int, int], list[Picture]]  # prompts, pictures of each, first seed
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of pictures: what its run.json says beside the run's own settings, all its pictures, this shard's."""
+
+    out: Path
+    settings: dict[str, Any]
+    everything: list[Picture]
+    mine: list[Picture]
 
 
 def add_commands(commands) -> None:
     """The three subcommands, on argparse's list of them."""
-    geneval = commands.add_parser("geneval", help="GenEval's folder: 553 prompts, 4 pictures each")
+    geneval = commands.add_parser("geneval", help=f"GenEval's folder: {sum(TAGS.values())} prompts, 4 pictures each")
     geneval.add_argument("--metadata", type=Path, required=True, help="GenEval's evaluation_metadata.jsonl")
     t2i = commands.add_parser("t2i-compbench", help="T2I-CompBench's folders: 300 prompts a category, 10 pictures each")
     t2i.add_argument("--category", required=True, help=f"all, or one of {', '.join(CATEGORIES)}")
@@ -56,20 +69,20 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     variant = Variant.parse(args.model)
     sampling = sampling_of(args, variant)
     validation.check_seeds([args.seed, args.seed + args.images - 1])
-    plan = args.plan(args, lambda prompts: (prompts, benchmarks.shard(prompts, part, parts)))
+    folders: list[Folder] = args.plan(args, lambda prompts: (prompts, benchmarks.shard(prompts, part, parts)))
     settings = {"benchmark": args.what, "model": variant.identity(), "sampling": sampling, "seed": args.seed}
     report = {"model": str(variant), "folders": [], "planned": 0, "there": 0, "made": 0}
-    for out, own, _, mine in plan:
-        left = len(image_folders.missing(mine, out))
-        report["folders"].append(str(out))
-        report["planned"] += len(mine)
-        report["there"] += len(mine) - left
+    for folder in folders:
+        left = len(image_folders.missing(folder.mine, folder.out))
+        report["folders"].append(str(folder.out))
+        report["planned"] += len(folder.mine)
+        report["there"] += len(folder.mine) - left
         if not args.dry_run:
-            image_folders.stamp(out, settings | own)
+            image_folders.stamp(folder.out, settings | folder.settings)
     say(f"{report['planned']} pictures, {report['there']} of them there already.")
     if args.dry_run or report["planned"] == report["there"]:
-        for out, _, everything, _ in plan if not args.dry_run else ():
-            image_folders.sweep(everything, out)
+        for folder in folders if not args.dry_run else ():
+            image_folders.sweep(folder.everything, folder.out)
         return report
 
     import jax
@@ -81,9 +94,10 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     devices = jax.local_devices()[: args.devices]
     say(f"{variant} on {len(devices)} x {devices[0].device_kind} ({devices[0].platform}).")
     draw = once_for_each(painter(variant, sampling))
-    for out, _, everything, mine in plan:
-        report["made"] += image_folders.make(mine, out, draw, recorder(variant, sampling, devices[0]), devices)
-        image_folders.sweep(everything, out)
+    record = recorder(variant, sampling, devices[0])
+    for folder in folders:
+        report["made"] += image_folders.make(folder.mine, folder.out, draw, record, devices)
+        image_folders.sweep(folder.everything, folder.out)
     return report
 
 
@@ -95,38 +109,37 @@ def read_shard(text: str) -> tuple[int, int]:
     return int(words[0]), int(words[1])
 
 
-Split = Callable[[list[Prompt]], tuple[list[Prompt], list[Prompt]]]
-
-
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _planned(out: Path, source: Path, prompts: Sequence[Prompt], args, split: Split, layout, **own: Any):
-    parts = split(benchmarks.subset(list(prompts), args.subset))
-    everything, mine = (layout(part, args.images, args.seed) for part in parts)
-    return out, {"prompts": _digest(source), "images": args.images, **own}, everything, mine
+def _planned(
+    args: argparse.Namespace, split: Split, layout: Layout, prompts: list[Prompt], source: Path, out: Path, **own: str
+) -> Folder:
+    everything, mine = split(benchmarks.subset(prompts, args.subset))
+    settings = {"prompts": _digest(source), "images": args.images, **own}
+    return Folder(out, settings, layout(everything, args.images, args.seed), layout(mine, args.images, args.seed))
 
 
-def _plan_geneval(args: argparse.Namespace, split: Split) -> Folders:
+def _plan_geneval(args: argparse.Namespace, split: Split) -> list[Folder]:
     prompts = benchmarks.read_geneval(args.metadata)
-    return [_planned(args.out, args.metadata, prompts, args, split, benchmarks.folder_pictures)]
+    return [_planned(args, split, benchmarks.folder_pictures, prompts, args.metadata, args.out)]
 
 
-def _plan_parti(args: argparse.Namespace, split: Split) -> Folders:
+def _plan_parti(args: argparse.Namespace, split: Split) -> list[Folder]:
     prompts = benchmarks.read_parti(args.prompts)
-    return [_planned(args.out, args.prompts, prompts, args, split, benchmarks.folder_pictures)]
+    return [_planned(args, split, benchmarks.folder_pictures, prompts, args.prompts, args.out)]
 
 
-def _plan_t2i(args: argparse.Namespace, split: Split) -> Folders:
+def _plan_t2i(args: argparse.Namespace, split: Split) -> list[Folder]:
     if args.category != "all" and args.category not in CATEGORIES:
         raise UserError(f"Unknown category {args.category!r}; T2I-CompBench has {', '.join(CATEGORIES)} (or: all).")
     if args.category != "all":
         sources = {args.category: (args.prompts, args.out)}
     else:
         sources = {name: (args.prompts / f"{name}_val.txt", args.out / name) for name in CATEGORIES}
-    plan = []
+    folders = []
     for category, (source, out) in sources.items():
         prompts = benchmarks.read_t2i_compbench(source, args.images)
-        plan.append(_planned(out, source, prompts, args, split, benchmarks.t2i_pictures, category=category))
-    return plan
+        folders.append(_planned(args, split, benchmarks.t2i_pictures, prompts, source, out, category=category))
+    return folders

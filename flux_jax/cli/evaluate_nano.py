@@ -7,6 +7,7 @@ as the paper's tables have them), `paired.json` (the same and the captions that 
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,22 @@ from flux_jax.cli.sampling_arguments import add_sampling, same_sampling
 from flux_jax.errors import UserError
 from flux_jax.evaluate.models import Variant
 from flux_jax.io import atomic
+from flux_jax.nano.captions import EVALUATION_COUNT
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One model of the run: where its pictures go, and what its other files' names end in."""
+
+    variant: Variant
+    out: Path
+    suffix: str = ""
 
 
 def add_command(commands) -> None:
-    parser = commands.add_parser("nano", help="FLUX-nano on 553 held-out captions, judged by its oracle")
+    """The subcommand `nano`, on argparse's list of them."""
+    count = EVALUATION_COUNT
+    parser = commands.add_parser("nano", help=f"FLUX-nano on {count} held-out captions, judged by its oracle")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for pictures, verdicts.jsonl and summary.json")
     add("--model", nargs="+", default=["nano"], help="checkpoint or alias, with options: nano@dtype=float32 (nano)")
@@ -27,7 +40,7 @@ def add_command(commands) -> None:
     add("--against", metavar="MODEL", help="one more model: the same captions and seeds, and the differences to it")
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="of a model that has no @dtype= of its own")
     add("--seed", type=int, default=0, help="picture i has seed SEED + i (default: %(default)s)")
-    add("--every", type=int, default=1, help="only each N-th caption (default: all 553)")
+    add("--every", type=int, default=1, help=f"only each N-th caption (default: all {count})")
     parser.set_defaults(run=run)
 
 
@@ -38,33 +51,46 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     from flux_jax.evaluate import image_folders, nano, paired
     from flux_jax.runtime import compilation_cache
 
-    if len(args.model) > 1 and args.against is None:
-        raise UserError("Several models need --against: the one that they are compared with.")
-    names = args.model if args.against is None else [*args.model, args.against]
-    variants = [Variant.parse(name).otherwise(dtype=args.dtype) for name in names]
-    sampling = same_sampling(args, variants)
-    numbers = ["", *(f"-{i}" for i in range(2, len(names)))]  # of models and their sheets; the first has none
-    outs = [args.out] if args.against is None else [args.out / f"model{n}" for n in numbers] + [args.out / "against"]
-    for out, variant in zip(outs, variants, strict=True):
-        image_folders.stamp(
-            out, {"benchmark": "nano", "model": variant.identity(), "sampling": sampling, "seed": args.seed}
-        )
+    entries = plan(args)
+    sampling = same_sampling(args, [entry.variant for entry in entries])
+    for entry in entries:
+        settings = {"benchmark": "nano", "model": entry.variant.identity(), "sampling": sampling, "seed": args.seed}
+        image_folders.stamp(entry.out, settings)
     compilation_cache.enable()
     reports, verdicts = [], []
-    for out, variant in zip(outs, variants, strict=True):
-        with variant.tracing():
-            result = nano.evaluate(variant.load(), out, seed=args.seed, every=args.every, **sampling)
-        reports.append({"model": variant.label()} | result)
-        verdicts.append([json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()])
-        say(f"{variant}\n{nano.table(result)}")
+    for entry in entries:
+        with entry.variant.tracing():
+            result = nano.evaluate(entry.variant.load(), entry.out, seed=args.seed, every=args.every, **sampling)
+        reports.append({"model": entry.variant.label()} | result)
+        verdicts.append([json.loads(line) for line in (entry.out / "verdicts.jsonl").read_text().splitlines()])
+        say(f"{entry.variant}\n{nano.table(result)}")
     if args.against is None:
         return reports[0]
-    results = [paired.compare(each, verdicts[-1]) for each in verdicts[:-1]]
+    *models, against = entries
+    results = [paired.compare(rows, verdicts[-1]) for rows in verdicts[:-1]]
     report = {"models": reports[:-1], "against": reports[-1], "paired": results}
     atomic.write_whole(args.out / "paired.json", (json.dumps(report, indent=1) + "\n").encode(), overwrite=True)
     atomic.write_whole(args.out / "table.md", paired.page(**report).encode(), overwrite=True)
-    for variant, result, out, number in zip(variants, results, outs, numbers, strict=False):
-        if picture := paired.flip_sheet(result["flipped"], out, outs[-1]):
-            atomic.write_whole(args.out / f"flipped{number}.png", nano.png(picture), overwrite=True)
-        say(f"{variant} minus {variants[-1]}\n{paired.table(result)}")
+    for entry, result in zip(models, results, strict=True):
+        if picture := paired.flip_sheet(result["flipped"], entry.out, against.out):
+            atomic.write_whole(args.out / f"flipped{entry.suffix}.png", nano.png(picture), overwrite=True)
+        say(f"{entry.variant} minus {against.variant}\n{paired.table(result)}")
     return report
+
+
+def plan(args: argparse.Namespace) -> list[Entry]:
+    """The models in their order; with --against, that one last. Of several, the second one's files end in "-2"."""
+    if len(args.model) > 1 and args.against is None:
+        raise UserError("Several models need --against: the one that they are compared with.")
+
+    def variant(name: str) -> Variant:
+        return Variant.parse(name).otherwise(dtype=args.dtype)
+
+    entries = []
+    for number, name in enumerate(args.model, 1):
+        suffix = "" if number == 1 else f"-{number}"
+        out = args.out if args.against is None else args.out / f"model{suffix}"
+        entries.append(Entry(variant(name), out, suffix))
+    if args.against is not None:
+        entries.append(Entry(variant(args.against), args.out / "against"))
+    return entries

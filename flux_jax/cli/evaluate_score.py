@@ -15,6 +15,7 @@ from flux_jax.evaluate.scoring import Measured, differences, estimates, page
 
 
 def add_command(commands) -> None:
+    """The subcommand `score`, on argparse's list of them."""
     parser = commands.add_parser("score", help="the official evaluators' results as the paper's Tables 1 and 2")
     parser.add_argument(
         "measured",

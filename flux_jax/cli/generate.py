@@ -1,77 +1,82 @@
 """`python -m flux_jax.generate "a red circle"`: the command line over `FluxPipeline`.
 
 In: arguments (`flux_jax.cli.arguments`). Out: PNG files that hold all it takes to repeat them; their paths, or one JSON
-object, on stdout; notices, progress and timings on stderr. Exit status 0, 2 (bad input), 3 (missing weights), 4 (out
-of memory), 130 (interrupted).
+object, on stdout; notices, progress and timings on stderr.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from flux_jax.checkpoints import checksums
-from flux_jax.cli import arguments, requests
+from flux_jax.cli import arguments, dry_run, requests
 from flux_jax.cli.main import check_device, guarded, say
-from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.io import png
 from flux_jax.runtime import compilation_cache, memory, watchdog
 from flux_jax.runtime.environment import set_environment, version
 
+if TYPE_CHECKING:
+    from flux_jax.checkpoints.checkpoint import Checkpoint
+    from flux_jax.sampling.pipeline import Callback, FluxPipeline
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; every foreseeable failure is one sentence on stderr."""
-    words = sys.argv[1:] if argv is None else argv
     return guarded(
-        lambda: run(arguments.parse(words)),
+        run,
+        sys.argv[1:] if argv is None else argv,
         interrupted="Interrupted; pictures that were finished are kept.",
         no_memory="Out of memory; choose a smaller --size, --dtype bfloat16, or a machine with more of it.",
     )
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A run of the program: its arguments, the checkpoint that draws, under the name it was asked for, and the
+    dtype."""
+
+    args: argparse.Namespace
+    name: str
+    stored: "Checkpoint"
+    dtype: str
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What a picture's record says of the checkpoint."""
+        entry = {"id": self.name, "name": self.stored.config.name, "sha256": self.stored.digest}
+        if self.stored.quantization is not None:
+            entry["activations"] = self.stored.quantization["activations"]
+        return entry
+
+
+def run(argv: Sequence[str]) -> None:
+    """Draws, or with --dry-run says, what the words ask for."""
+    args = arguments.parse(argv)
     set_environment(args.device)
     if args.processes > 1:
         watchdog.join(args.coordinator, args.processes, args.process)
-    from flux_jax.checkpoints.checkpoint import DEFAULT_MODEL, Checkpoint
-
     if args.list_models:
         list_models()
         return
     record = png.read_record(args.from_metadata) if args.from_metadata else None
-    recorded = record or {"model": {}}
-    name = args.model or recorded["model"].get("id") or DEFAULT_MODEL
-    stored = Checkpoint.open(name)
-    ternary = stored.quantization is not None
-    stored = stored.using(args.activations or (recorded["model"].get("activations") if ternary else None))
-    model = {"id": name, "name": stored.config.name, "sha256": stored.digest}
-    if stored.quantization is not None:
-        model["activations"] = stored.quantization["activations"]
-    if record and record["model"].get("sha256") != stored.digest:
-        say(f"{args.from_metadata} was made with another checkpoint than {name}: the picture will differ.")
-    precision = args.dtype or recorded.get("dtype") or "auto"
-    dtype = arguments.DTYPES.get(precision)
-    if dtype is None:
-        raise UserError(f"{args.from_metadata} was made in {precision}, which is not offered here; add --dtype.")
-    planned, seeded = requests.plan_requests(args, stored.config, record, say)
-    left = requests.skip_done(planned, args, seeded, model)
+    session = open_session(args, record or {"model": {}})
+    if record and record["model"].get("sha256") != session.stored.digest:
+        say(f"{args.from_metadata} was made with another checkpoint than {session.name}: the picture will differ.")
+    planned, seeded = requests.plan_requests(args, session.stored.config, record, say)
+    left = requests.skip_done(planned, args, seeded, session.model)
     if len(left) < len(planned) and not args.quiet:
         say(f"{len(planned) - len(left)} of {len(planned)} pictures exist already.")
-    report: dict[str, Any] = {"model": model, "skipped": [str(job.output) for job in planned if job not in left]}
+    report = {"model": session.model, "skipped": [str(each.output) for each in planned if each not in left]}
     if args.dry_run:
-        report |= {"dry_run": True, "parameters": parameter_counts(stored.config), "weights": weights(stored)}
-        report["images"] = [{"path": str(job.output), "id": job.id, **job.settings()} for job in left]
-        words = ""
-        if left:
-            words, report["memory"] = memory_plan(
-                stored, dtype, max(left, key=lambda job: job.height * job.width), args
-            )
-        explain(report, words, args)
+        report |= dry_run.report(args, session.stored, session.dtype, left)
     else:
-        report |= generate(args, left, stored, model, dtype) if left else {"images": []}
+        report |= draw(session, left) if left else {"images": []}
     if args.json and not args.process:
         print(json.dumps(report, ensure_ascii=False), flush=True)
 
@@ -85,74 +90,104 @@ def list_models() -> None:
             print(f"{alias}\t{Checkpoint.open(alias).config.name}")
 
 
-def generate(
-    args: argparse.Namespace, todo: list[requests.Request], stored: Any, model: dict[str, Any], dtype: str
-) -> dict[str, Any]:
-    """Loads the model, draws and writes each job; returns what the JSON report says about it."""
-    start = time.perf_counter()
+def open_session(args: argparse.Namespace, record: dict[str, Any]) -> Session:
+    """The checkpoint that the arguments name, else the record, else the package's own. record: of an earlier picture,
+    or {"model": {}}."""
+    from flux_jax.checkpoints.checkpoint import DEFAULT_MODEL, Checkpoint
+
+    name = args.model or record["model"].get("id") or DEFAULT_MODEL
+    stored = Checkpoint.open(name)
+    recorded = record["model"].get("activations") if stored.quantization is not None else None
+    precision = args.dtype or record.get("dtype") or "auto"
+    if precision not in arguments.DTYPES:
+        raise UserError(f"{args.from_metadata} was made in {precision}, which is not offered here; add --dtype.")
+    return Session(args, name, stored.using(args.activations or recorded), arguments.DTYPES[precision])
+
+
+def draw(session: Session, todo: list[requests.Request]) -> dict[str, Any]:
+    """Loads the model, draws and writes each request; returns what the JSON report says about it."""
     import jax
 
+    args, start = session.args, time.perf_counter()
+    pipe = load(session)
+    device = jax.local_devices()[0]
+    totals = {"load": time.perf_counter() - start}
+    common = {
+        "dtype": str(pipe.dtype),
+        "model": session.model,
+        "device": f"{device.platform} {device.device_kind}",
+        "versions": {"flux_jax": version(), "jax": jax.__version__, "python": sys.version.split()[0]},
+    }
+    made = []
+    for group in requests.batches(todo, args.mesh["data"] if args.mesh else 1):
+        label = f"{todo.index(group[0]) + 1}/{len(todo)} " if len(todo) > 1 else ""
+        with progress(args, group[0].steps, label) as callback:
+            out = pipe.draw(requests.sampling_request(group), callback_on_step_end=callback)
+        totals = {key: totals.get(key, 0.0) + out.timings.get(key, 0.0) for key in {**totals, **out.timings}}
+        if not args.process:
+            made += [write(args, *pair, common) for pair in zip(group, out.images, strict=True)]
+    peak = memory.peak(device)
+    if not args.quiet:
+        say(summary(totals, peak))
+    return {"images": made, "timings": {key: round(value, 3) for key, value in totals.items()}, "peak_bytes": peak}
+
+
+def load(session: Session) -> "FluxPipeline":
+    """The pipeline on the devices asked for, its programs kept on disk unless the arguments say otherwise."""
+    args, stored = session.args, session.stored
     check_device(args.device)
     if args.verify:
         count = checksums.check(stored.directory)
         if args.verbose:
             say(f"{count} files of {stored.directory} are what was written")
     cached = None if args.no_cache else compilation_cache.enable()
+    import jax
+
+    from flux_jax.sampling import tensor_parallel
     from flux_jax.sampling.pipeline import FluxPipeline
 
-    mesh = None
-    if args.mesh:
-        from flux_jax.sampling import tensor_parallel
-
-        mesh = tensor_parallel.make_mesh(args.mesh, stored.config.transformer)
-    how = {"offload": args.offload, "vae_tiling": args.vae_tiling, "activations": model.get("activations")}
-    pipe = FluxPipeline.from_pretrained(stored.directory, dtype=dtype, mesh=mesh, **how)
-    device = jax.local_devices()[0]
+    mesh = tensor_parallel.make_mesh(args.mesh, stored.config.transformer) if args.mesh else None
+    how = {"dtype": session.dtype, "mesh": mesh, "offload": args.offload, "vae_tiling": args.vae_tiling}
+    pipe = FluxPipeline.from_checkpoint(stored, **how)
     if args.verbose:
+        device = jax.local_devices()[0]
         where = f"{pipe.dtype} on {device.device_kind} ({device.platform})"
-        say(f"{model['name']} from {stored.directory} | {where} | compiled programs: {cached or 'not kept'}")
-    totals = {"load": time.perf_counter() - start}
-    provenance = {
-        "format": png.RECORD_FORMAT,
-        "dtype": str(pipe.dtype),
-        "model": model,
-        "device": f"{device.platform} {device.device_kind}",
-        "versions": {"flux_jax": version(), "jax": jax.__version__, "python": sys.version.split()[0]},
-    }
-    made = []
-    for group in requests.batches(todo, args.mesh["data"] if args.mesh else 1):
-        job = group[0]
-        label = f"{todo.index(job) + 1}/{len(todo)} " if len(todo) > 1 else ""
-        bar = Bar(job.steps, label) if shows_bar(args) else None
-        out = pipe(
-            [job.prompt for job in group],
-            height=job.height,
-            width=job.width,
-            num_inference_steps=job.steps,
-            guidance_scale=job.guidance,
-            seed=[job.seed for job in group],
-            negative_prompt=job.negative_prompt,
-            true_cfg_scale=job.true_cfg,
-            max_sequence_length=job.max_sequence_length,
-            callback_on_step_end=bar,
-        )
-        if bar:
-            bar.clear()
-        totals = {k: totals.get(k, 0.0) + out.timings.get(k, 0.0) for k in {**totals, **out.timings}}
-        if args.process:
-            continue
-        for job, image in zip(group, out.images, strict=True):
-            entry = {**provenance, **job.settings()}
-            png.write_png(job.output, image, entry, overwrite=args.overwrite)
-            made.append({"path": str(job.output), "id": job.id, **entry})
-            if not args.json:
-                print(job.output, flush=True)
-            if not args.quiet:
-                say(f"seed {job.seed} | {job.output} | repeat: python -m flux_jax.generate -C {job.output}")
-    peak = memory.peak(device)
+        say(f"{stored.config.name} from {stored.directory} | {where} | compiled programs: {cached or 'not kept'}")
+    return pipe
+
+
+def write(args: argparse.Namespace, request: requests.Request, image: Any, common: dict[str, Any]) -> dict[str, Any]:
+    """Writes a picture and says so; returns its entry in the report. common: what is the same in all records."""
+    record = png.Record(**common, **request.settings())
+    png.write_png(request.output, image, record, overwrite=args.overwrite)
+    if not args.json:
+        print(request.output, flush=True)
     if not args.quiet:
-        say(summary(totals, peak))
-    return {"images": made, "timings": {k: round(v, 3) for k, v in totals.items()}, "peak_bytes": peak}
+        say(f"seed {request.seed} | {request.output} | repeat: python -m flux_jax.generate -C {request.output}")
+    return {"path": str(request.output), "id": request.id, **record.to_json()}
+
+
+def shows_progress(args: argparse.Namespace) -> bool:
+    return sys.stderr.isatty() and not args.quiet and not args.mesh
+
+
+@contextlib.contextmanager
+def progress(args: argparse.Namespace, steps: int, label: str) -> Iterator["Callback | None"]:
+    """A progress bar as the pipeline's step callback, on a terminal, wiped at the end; None where none is wanted."""
+    if not shows_progress(args):
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=steps, desc=f"{label}compiling, once for each size", leave=False, file=sys.stderr) as bar:
+
+        def advance(*_: Any) -> None:
+            if not bar.n:  # the first step may have been compiled in there: it tells nothing of the pace
+                bar.set_description_str(label.strip() or None, refresh=False)
+                bar.start_t = time.time()
+            bar.update()
+
+        yield advance
 
 
 def summary(seconds: dict[str, float], peak: int | None) -> str:
@@ -163,84 +198,3 @@ def summary(seconds: dict[str, float], peak: int | None) -> str:
         f"denoise {steps} x {seconds['denoise'] / max(steps, 1):.3f} s | VAE {seconds['decode']:.2f} s"
     )
     return line if peak is None else f"{line} | at most {peak / 1e9:.2f} GB on the device"
-
-
-def shows_bar(args) -> bool:
-    return sys.stderr.isatty() and not args.quiet and not args.mesh
-
-
-class Bar:
-    """A progress bar as the pipeline's step callback; drawn on one line of a terminal, and wiped at the end."""
-
-    WIDTH = 24
-
-    def __init__(self, steps: int, label: str):
-        self.steps, self.label, self.started = steps, label, 0.0
-        self.draw("compiling, once for each size ...")
-
-    def __call__(self, pipe, step: int, timestep: float, tensors) -> None:
-        done = step + 1
-        self.started = self.started or time.perf_counter()  # behind the first step: it may have been compiled in there
-        pace = f"{(time.perf_counter() - self.started) / step:.2f} s/step" if step else ""
-        filled = self.WIDTH * done // self.steps
-        self.draw(f"{'#' * filled}{'.' * (self.WIDTH - filled)} {done}/{self.steps} {pace}")
-
-    def draw(self, text: str) -> None:
-        print(f"\r\033[K{self.label}{text}", end="", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def parameter_counts(config: FluxConfig) -> dict[str, int]:
-    """Parameters of each component, from shapes alone."""
-    import math
-
-    from flux_jax.models import params
-
-    return {
-        component: sum(
-            math.prod(shape) for shape in params.leaf_table(params.abstract_component(component, config)).values()
-        )
-        for component in params.COMPONENTS
-    }
-
-
-def weights(stored: Any) -> dict[str, Any]:
-    """The form of a checkpoint's weights, in words, and their bytes as stored."""
-    from flux_jax.checkpoints.integrity import stored_bytes
-
-    tables = [stored.table(component) for component in stored.components]
-    floating = {d.name for table in tables for n, (d, _) in table.items() if not n.endswith((".packed", ".scale"))}
-    form = " and ".join(sorted(floating))
-    size = sum(stored_bytes(table, name) for table in tables for name in table)
-    return {"form": form if stored.quantization is None else f"ternary, the rest {form}", "bytes": size}
-
-
-def memory_plan(stored: Any, dtype: str, job: requests.Request, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """What a picture would take on this machine, in words and in numbers."""
-    from flux_jax.runtime.environment import resolve_dtype
-    from flux_jax.sampling import planner
-
-    check_device(args.device)
-    model = planner.model_of(stored, resolve_dtype(dtype))
-    sizes = {"height": job.height, "width": job.width, "steps": job.steps, "length": job.max_sequence_length}
-    return planner.describe(planner.Planner(model, None, **sizes), args.offload, args.vae_tiling)
-
-
-def explain(report: dict[str, Any], words: str, args) -> None:
-    """A dry run in words on stderr, and the paths that would be written on stdout."""
-    counts = report["parameters"]
-    total = sum(counts.values())
-    if not args.quiet:
-        listed = ", ".join(f"{component} {count:,}" for component, count in counts.items())
-        held = f"{report['weights']['bytes'] / 1e9:.2f} GB of weights ({report['weights']['form']})"
-        say(f"{report['model']['name']}: {total:,} parameters ({listed}), {held}.")
-        for image in report["images"]:
-            size = f"{image['width']}x{image['height']}"
-            say(f"{size}, {image['steps']} steps, seed {image['seed']}: {image['prompt']}")
-        if words:
-            say(words)
-    if not args.json:
-        for image in report["images"]:
-            print(image["path"])

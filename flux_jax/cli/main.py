@@ -64,23 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("program", metavar="PROGRAM", choices=list(PROGRAMS), help="one of those below; see its --help")
     parser.add_argument("--version", action="version", version=f"flux_jax {version()}")
-    return guarded(lambda: parser.parse_args(words or ["--help"]))
+    return guarded(parser.parse_args, words or ["--help"])
 
 
 def guarded(
-    command: Callable[[], Any],
-    *,
+    command: Callable[..., Any],
+    *args: Any,
     interrupted: str = "Interrupted.",
     no_memory: str = "Out of memory; this needs a machine with more of it.",
     no_disk: str = "The disk is full: free some space.",
 ) -> int:
-    """Calls it and returns the exit status: what it returned, or 0 for None. Foreseeable failures, and warnings meant
-    for users, are sentences on stderr; the three arguments are those for Ctrl-C, for memory and for disk."""
+    """Calls it with `args` and returns the exit status: what it returned, or 0 for None. Foreseeable failures, and
+    warnings meant for users, are sentences on stderr; the three arguments are those for Ctrl-C, for memory and for
+    disk."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_, **__: say(in_flags(str(message)))
-            status = command() or 0
+            status = command(*args) or 0
         watchdog.leave()
         return status
     except UserError as error:

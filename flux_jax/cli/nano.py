@@ -19,8 +19,10 @@ from pathlib import Path
 
 from flax import nnx
 
+from flux_jax.cli.dataclass_flags import add_dataclass_flags, given
 from flux_jax.cli.main import Parser, guarded, program
-from flux_jax.nano.training import Recipe, Trainer
+from flux_jax.nano import training
+from flux_jax.nano.training import Recipe
 
 RECIPES = {
     "text": Recipe(steps=600, batch=128),
@@ -59,8 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     }
     for phase, recipe in RECIPES.items():
         sub = phases.add_parser(phase, parents=[common], help=helps[phase])
-        for name, default in dataclasses.asdict(recipe).items():
-            sub.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        add_dataclass_flags(sub, Recipe, dataclasses.asdict(recipe))
         sub.set_defaults(run_phase=train_networks, phase=phase)
     export = phases.add_parser("export", parents=[common], help="the checkpoint that ships")
     export.set_defaults(run_phase=run_export)
@@ -94,7 +95,7 @@ def train_networks(args: argparse.Namespace) -> None:
     from flux_jax.nano.export import load_vae, tokenizers, trained
 
     use_all_cores()
-    recipe = Recipe(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)})
+    recipe = dataclasses.replace(RECIPES[args.phase], **given(Recipe, args))
     config, vae = load_vae(args.run / "vae")
     words = tokenizers(args.run, config)
     dataset = load_or_build(args.run / "latents.npz", vae, words, config, seed=recipe.seed, count=recipe.examples)
@@ -107,7 +108,7 @@ def train_networks(args: argparse.Namespace) -> None:
     else:
         networks, loss = trained(args.run, "flow", config), flow.GuidanceLoss(config, recipe)
         constants["teacher"] = networks
-    Trainer(args.run / args.phase, recipe, networks).run(dataset, loss, constants)
+    training.train(args.run / args.phase, recipe, networks, dataset, loss, constants)
 
 
 def run_export(args: argparse.Namespace) -> None:

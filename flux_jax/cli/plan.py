@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from flux_jax import validation
 from flux_jax.checkpoints.checkpoint import Checkpoint
-from flux_jax.cli.arguments import OFFLOADING, TILING
+from flux_jax.cli.arguments import OFFLOADING, TILING, parse_size
 from flux_jax.cli.main import Parser, guarded, in_flags, program, say
 from flux_jax.config import dev, schnell
 from flux_jax.errors import UserError
@@ -48,7 +48,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     add("--weights", choices=("ternary", "bf16"), default="ternary", help="of dev and schnell (default: ternary)")
     add("--activations", choices=validation.ACTIVATIONS, help="of ternary layers (default: the checkpoint's; bf16)")
     add("--gpu", choices=sorted(aot.GPUS), help="a GPU that need not be here (default: JAX's device)")
-    add("--size", type=validation.parse_size, metavar="WxH", help="of the picture (default: the model's own)")
+    add("--size", type=parse_size, metavar="WxH", help="of the picture (default: the model's own)")
     add("--batch", type=int, default=1, help="pictures; they are drawn one at a time and take no more than one")
     add("--steps", type=int, help="denoising steps (default: the model's own)")
     add("--offload", choices=validation.OFFLOAD_MODES, default="none", help=OFFLOADING)
@@ -60,10 +60,11 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a plan; exit status 0 if it fits, 4 if not, 2 and 3 as for `flux_jax.generate`."""
     words = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: run(options(words)))
+    return guarded(run, words)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
+    args = options(argv)
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1, not {args.batch}.")
     os.environ.setdefault(aot.SKIP_CHECK, "1")
@@ -82,6 +83,6 @@ def run(args: argparse.Namespace) -> int:
         words, figures = describe(planner, args.offload, args.vae_tiling)
     form = "bf16" if model.activations is None else f"ternary, {model.activations} activations"
     head = f"{model.config.name} ({form}), {width}x{height}, {steps} steps"
-    words = in_flags(words)
+    words, figures["remedy"] = in_flags(words), in_flags(figures["remedy"] or "") or None
     print(json.dumps({"model": model.config.name, "weights": form, **figures}) if args.json else f"{head}\n{words}")
     return 0 if figures["fits"] else 4

@@ -87,7 +87,7 @@ def nano_captions(count: int, seed: int) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status; a user's mistake is one sentence on stderr."""
     words = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: run(words))
+    return guarded(run, words)
 
 
 def run(argv: Sequence[str]) -> None:

@@ -8,16 +8,22 @@ before the model is loaded.
 import argparse
 import dataclasses
 import datetime
-import json
 import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flux_jax import validation
+from flux_jax.cli.arguments import aspect_size, parse_size
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
 from flux_jax.io.atomic import check_writable
 from flux_jax.io.png import read_record
+from flux_jax.io.prompts import read_rows
+
+if TYPE_CHECKING:
+    from flux_jax.sampling.request import SamplingRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,101 +49,115 @@ class Request:
 
 
 def read_prompts(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The lines of a prompts file as objects with at least `prompt` and `id`, and the keys that mean nothing here."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from error
-    known = {"prompt": str, "id": (str, int), "seed": int, "width": int, "height": int, "steps": int,
-             "guidance": (int, float), "true_cfg": (int, float), "negative_prompt": str}  # fmt: skip
-    rows, ignored = [], {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or (path.suffix != ".jsonl" and line.startswith("#")):
-            continue
-        row: Any = {"prompt": line.strip()}
-        if path.suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            if not isinstance(row, dict) or "prompt" not in row:
-                raise UserError(f'{path}, line {number}: each line must be an object with a "prompt".')
-        for key in [key for key in row if key not in known]:
-            ignored[key] = row.pop(key)
-        for key, value in row.items():
-            if not isinstance(value, known[key]) or isinstance(value, bool):
-                raise UserError(f"{path}, line {number}: {key} cannot be {value!r}.")
-        if not row["prompt"].strip():
-            raise UserError(f"{path}, line {number}: the prompt is empty.")
-        row |= {key: float(row[key]) for key in ("guidance", "true_cfg") if key in row}
-        rows.append({"id": f"{len(rows):05d}", **row})
-    if not rows:
-        raise UserError(f"{path} holds no prompt.")
-    return rows, sorted(ignored)
+    """The rows of a prompts file as objects with at least `prompt` and `id`, and the keys that mean nothing here."""
+    rows, unknown = read_rows(path)
+    return [{"id": f"{i:05d}", "prompt": row.prompt, **row.fields} for i, row in enumerate(rows)], unknown
 
 
 def plan_requests(
-    args: argparse.Namespace, config: FluxConfig, record: dict[str, Any] | None, say
+    args: argparse.Namespace, config: FluxConfig, record: dict[str, Any] | None, say: Callable[[str], None]
 ) -> tuple[list[Request], bool]:
     """All pictures of the run, and whether their seeds were asked for (not drawn at random). `say` gets each notice."""
     record = record or {}
+    rows = _rows(args, record, say)
+    defaults = _defaults(args, config, record, say)
+    seeds = Seeds.chosen(args, record, len(rows))
+    paths = OutputPaths(args, len(rows), seeds.per_prompt)
+    requests: list[Request] = []
+    notices: dict[str, None] = {}
+    for row in rows:
+        settings, said = _settings(row, defaults, config, strict=args.strict_size)
+        notices |= dict.fromkeys(said)
+        for k in range(seeds.per_prompt):
+            i = len(requests)
+            seed = seeds.of(row, k, i)
+            output = paths.path(row, index=i, k=k, seed=seed)
+            id_ = str(row["id"]) if "id" in row else None
+            requests.append(Request(i, id_, row["prompt"], seed=seed, output=output, **settings))
+    for notice in notices:
+        say(f"{notice.removesuffix('.')} (--strict-size to fail).")
+    twice = [path for path, count in Counter(request.output for request in requests).items() if count > 1]
+    if twice:
+        raise UserError(f"Two pictures would be written to {twice[0]}; put {{i}} or {{seed}} into -o.")
+    return requests, seeds.given
+
+
+def _rows(args: argparse.Namespace, record: dict[str, Any], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """What is to be drawn: an object with at least `prompt` for each prompt of the file, the command line or the
+    record."""
     if args.prompts_file:
         rows, ignored = read_prompts(args.prompts_file)
         if ignored:
             say(f"{args.prompts_file}: ignoring the keys {', '.join(ignored)}.")
-    else:
-        prompts = args.prompts or ([record["prompt"]] if record else [])
-        if not prompts:
-            raise UserError('No prompt; say what to draw, as in: python -m flux_jax.generate "a red circle".')
-        rows: list[dict[str, Any]] = [{"prompt": validation.check_prompt(prompt)} for prompt in prompts]
+        return rows
+    prompts = args.prompts or ([record["prompt"]] if record else [])
+    if not prompts:
+        raise UserError('No prompt; say what to draw, as in: python -m flux_jax.generate "a red circle".')
+    return [{"prompt": validation.check_prompt(prompt)} for prompt in prompts]
 
-    defaults = config.sampling
-    width, height = _size(args, config, record)
-    chosen: dict[str, Any] = {
-        "negative_prompt": _first(args.negative_prompt, record.get("negative_prompt")),
-        "steps": _first(args.steps, record.get("steps"), defaults.num_inference_steps),
-        "guidance": float(_first(args.guidance, record.get("guidance"), defaults.guidance_scale)),
-        "true_cfg": float(_first(args.true_cfg, record.get("true_cfg"), 1.0)),
-        "max_sequence_length": _first(
-            args.max_sequence_length, record.get("max_sequence_length"), defaults.max_sequence_length
-        ),
-    }
+
+def _defaults(
+    args: argparse.Namespace, config: FluxConfig, record: dict[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The settings of every picture whose row says nothing else: from the command line, the record, the model."""
+    own = config.sampling
     if args.guidance is not None and not config.transformer.guidance_embeds:
         say(f"{config.name} embeds no guidance: --guidance has no effect.")
-    seeds = args.seed or ([record["seed"]] if record else None)
-    seeded = seeds is not None
-    seeds = seeds or [validation.random_seed()]
-    per_prompt = len(seeds) if len(seeds) > 1 else args.num_images or 1
-    if not seeded:  # keep the last picture's seed in range
-        seeds = [min(seeds[0], validation.SEED_LIMIT - per_prompt * len(rows))]
+    width, height = _size(args, config, record)
+    return {
+        "negative_prompt": _first(args.negative_prompt, record.get("negative_prompt")),
+        "height": height,
+        "width": width,
+        "steps": _first(args.steps, record.get("steps"), own.num_inference_steps),
+        "guidance": float(_first(args.guidance, record.get("guidance"), own.guidance_scale)),
+        "true_cfg": float(_first(args.true_cfg, record.get("true_cfg"), 1.0)),
+        "max_sequence_length": _first(
+            args.max_sequence_length, record.get("max_sequence_length"), own.max_sequence_length
+        ),
+    }
 
-    names = OutputPaths(args, len(rows), per_prompt)
-    jobs: list[Request] = []
-    notices: dict[str, None] = {}
-    for row in rows:
-        settings = {**chosen, **{key: value for key, value in row.items() if key in chosen}}
-        if settings["negative_prompt"] is not None and settings["true_cfg"] == 1:
-            raise UserError("--negative-prompt has no effect while --true-cfg is 1; try --true-cfg 3 (2x slower).")
-        validation.check_numbers(config, **{key: settings[key] for key in settings if key != "negative_prompt"})
-        h, w, said = validation.fit_size(
-            config, row.get("height", height), row.get("width", width), strict=args.strict_size
-        )
-        notices |= dict.fromkeys(said)
-        for k in range(per_prompt):
-            i = len(jobs)
-            seed = row["seed"] + k if "seed" in row else seeds[k] if len(seeds) > 1 else seeds[0] + i
-            validation.check_seeds([seed])
-            id_ = str(row["id"]) if "id" in row else None
-            output = names.path(row, index=i, k=k, seed=seed)
-            jobs.append(Request(i, id_, row["prompt"], height=h, width=w, seed=seed, output=output, **settings))
-    for notice in notices:
-        say(notice)
-    taken: set[Path] = set()
-    for job in jobs:
-        if job.output in taken:
-            raise UserError(f"Two pictures would be written to {job.output}; put {{i}} or {{seed}} into -o.")
-        taken.add(job.output)
-    return jobs, seeded
+
+def _settings(
+    row: dict[str, Any], defaults: dict[str, Any], config: FluxConfig, *, strict: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """A row's own settings over the defaults, checked, its size fitted to whole tokens; and a notice for each edge that
+    changed."""
+    settings = {**defaults, **{key: value for key, value in row.items() if key in defaults}}
+    if settings["negative_prompt"] is not None and settings["true_cfg"] == 1:
+        raise UserError("--negative-prompt has no effect while --true-cfg is 1; try --true-cfg 3 (2x slower).")
+    numbers = ("steps", "guidance", "true_cfg", "max_sequence_length")
+    validation.check_numbers(config, **{key: settings[key] for key in numbers})
+    height, width, notices = validation.fit_size(config, settings["height"], settings["width"], strict=strict)
+    return settings | {"height": height, "width": width}, notices
+
+
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+    """Which seed each picture has. given: they were asked for; values: one to count up from, or one for each picture of
+    a prompt."""
+
+    given: bool
+    values: list[int]
+    per_prompt: int
+
+    @classmethod
+    def chosen(cls, args: argparse.Namespace, record: dict[str, Any], prompts: int) -> "Seeds":
+        values = args.seed or ([record["seed"]] if record else None)
+        per_prompt = len(values) if values is not None and len(values) > 1 else args.num_images or 1
+        if values is not None:
+            return cls(True, values, per_prompt)
+        last = validation.SEED_LIMIT - per_prompt * prompts  # keeps the last picture's seed in range
+        return cls(False, [min(validation.random_seed(), last)], per_prompt)
+
+    def of(self, row: dict[str, Any], k: int, i: int) -> int:
+        """Of the k-th picture of a row, which is picture i of the run. UserError where there is no such seed."""
+        if "seed" in row:
+            seed = row["seed"] + k
+        elif len(self.values) > 1:
+            seed = self.values[k]
+        else:
+            seed = self.values[0] + i
+        return validation.check_seeds([seed])[0]
 
 
 def _first(*values: Any) -> Any:
@@ -148,10 +168,10 @@ def _size(args, config: FluxConfig, record: dict[str, Any]) -> tuple[int, int]:
     width = record.get("width", config.sampling.width)
     height = record.get("height", config.sampling.height)
     if args.size:
-        return validation.parse_size(args.size)
+        return parse_size(args.size)
     if args.aspect:
         area = config.sampling.width * config.sampling.height
-        return validation.aspect_size(args.aspect, area, config.pixels_per_token)
+        return aspect_size(args.aspect, area, config.pixels_per_token)
     return _first(args.width, width), _first(args.height, height)
 
 
@@ -190,16 +210,34 @@ class OutputPaths:
         return path if path.suffix else path.with_name(path.name + ".png")
 
 
-def batches(jobs: list[Request], most: int) -> list[list[Request]]:
+def batches(requests: list[Request], most: int) -> list[list[Request]]:
     """Neighbours that one call can draw, at most so many together: they differ in prompt and seed only."""
     groups: list[list[Request]] = []
-    for job in jobs:
-        same = {k: v for k, v in job.settings().items() if k not in ("prompt", "seed")}
+    for request in requests:
+        same = {k: v for k, v in request.settings().items() if k not in ("prompt", "seed")}
         if groups and len(groups[-1]) < most and all(groups[-1][0].settings()[k] == v for k, v in same.items()):
-            groups[-1].append(job)
+            groups[-1].append(request)
         else:
-            groups.append([job])
+            groups.append([request])
     return groups
+
+
+def sampling_request(group: Sequence[Request]) -> "SamplingRequest":
+    """Pictures of one of `batches` as a call of the pipeline."""
+    from flux_jax.sampling.request import SamplingRequest
+
+    first = group[0]
+    return SamplingRequest(
+        prompts=tuple(request.prompt for request in group),
+        seeds=tuple(request.seed for request in group),
+        height=first.height,
+        width=first.width,
+        steps=first.steps,
+        guidance=first.guidance,
+        true_cfg=first.true_cfg,
+        max_sequence_length=first.max_sequence_length,
+        negative_prompts=(first.negative_prompt or "",) * len(group) if first.true_cfg > 1 else (),
+    )
 
 
 def slug(text: str, longest: int = 60) -> str:

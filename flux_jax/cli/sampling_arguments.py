@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flux_jax import validation
+from flux_jax.cli.arguments import parse_size
 from flux_jax.errors import UserError
 from flux_jax.evaluate.models import Variant
 
@@ -27,7 +28,7 @@ def sampling_of(args: argparse.Namespace, variant: Variant) -> dict[str, Any]:
     """Arguments of the pipeline, checked: num_inference_steps, guidance_scale, height, width."""
     config = variant.config()
     defaults = config.sampling
-    width, height = validation.parse_size(args.size) if args.size else (defaults.width, defaults.height)
+    width, height = parse_size(args.size) if args.size else (defaults.width, defaults.height)
     height, width, _ = validation.fit_size(config, height, width, strict=True)
     steps = defaults.num_inference_steps if args.steps is None else args.steps
     guidance = float(defaults.guidance_scale if args.guidance is None else args.guidance)

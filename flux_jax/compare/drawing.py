@@ -8,7 +8,7 @@ the second has been compared with them. Whatever is there is not made again, so 
 import io
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,9 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(file.convert("RGB"))
 
 
-def _draw(tasks: Sequence[ComparisonTask], variant: Variant, side: str, sampling: dict[str, Any], out: Path):
+def _draw(
+    tasks: Sequence[ComparisonTask], variant: Variant, side: str, sampling: dict[str, Any], out: Path
+) -> Iterator[tuple[ComparisonTask, np.ndarray]]:
     """Draws, writes the picture, yields (task, latents float32 [steps, i, c])."""
     if not tasks:
         return

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from flux_jax.compare.networks import Judge, checked, open_source
+from flux_jax.compare.networks import Judge, checked, open_tensors
 from flux_jax.errors import UserError
 from flux_jax.models.layers import Conv, Linear
 
@@ -70,7 +70,7 @@ def judge(path: Path, height: int, width: int) -> Judge:
     """Measures `lpips` of pictures of that size. UserError for files that are not LPIPS, and for pictures too small."""
     if min(height, width) < LEAST:
         raise UserError(f"LPIPS needs pictures of at least {LEAST} x {LEAST} pixels, not {width} x {height}.")
-    source = open_source(path)
+    source = open_tensors(path)
     load = checked(nnx.eval_shape(lambda: LPIPS(rngs=nnx.Rngs(0))), source, hub_name, "LPIPS with AlexNet")
 
     def start():

@@ -9,20 +9,19 @@ import importlib.resources
 import io
 import json
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from flux_jax.compare import metrics
 from flux_jax.compare.drawing import ComparisonTask
 from flux_jax.io import atomic
+from flux_jax.io.contact_sheet import sheet, stacked
 
 LARGE = 512  # pixels: from there on the page holds pictures as WebP, which is a tenth of the size
 GRID_COLUMNS, GRID_PICTURES, GRID_EDGE = 6, 24, 320  # prompts in a row, in all, pixels of a picture's longer edge
-CAPTION, LINE, GAP, LABEL = 3, 12, 6, 7  # lines of a caption, pixels a line, between pictures; of a character
 
 
 def write(
@@ -101,23 +100,12 @@ def grid(out: Path, tasks: Sequence[ComparisonTask], a: str, b: str) -> Image.Im
     shown = tasks[:GRID_PICTURES]
     with Image.open(shown[0].picture("a", out)) as file:
         scale = min(1.0, GRID_EDGE / max(file.size))
-        width, height = (round(edge * scale) for edge in file.size)
-    labels = [re.split("[@,]", name) for name in (a, b)]  # an option a line
-    left = LABEL * max(len(line) for label in labels for line in label) + 2 * GAP
-    band = 2 * (height + GAP) + CAPTION * LINE + 2 * GAP
-    columns = min(GRID_COLUMNS, len(shown))
-    bands = -(-len(shown) // columns)
-    sheet = Image.new("RGB", (left + columns * (width + GAP) + GAP, bands * band + GAP), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, task in enumerate(shown):
-        x, y = left + i % columns * (width + GAP), GAP + i // columns * band
-        for row, side in enumerate("ab"):
-            top = y + row * (height + GAP)
-            with Image.open(task.picture(side, out)) as file:
-                sheet.paste(file.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (x, top))
-            if i % columns == 0:
-                pen.multiline_text((GAP, top + height // 2 - LINE), "\n".join(labels[row]), fill="black", spacing=2)
-        lines = textwrap.wrap(task.prompt, max(1, int(width / 6.2)))[:CAPTION]
-        for number, line in enumerate(lines):
-            pen.text((x, y + 2 * (height + GAP) + number * LINE), line, fill="black")
-    return sheet
+        size = round(file.width * scale), round(file.height * scale)
+    pairs = [stacked([_thumbnail(task.picture(side, out), size) for side in "ab"]) for task in shown]
+    labels = ["\n".join(re.split("[@,]", name)) for name in (a, b)]  # an option a line
+    return sheet(pairs, [task.prompt for task in shown], min(GRID_COLUMNS, len(shown)), labels)
+
+
+def _thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:
+    with Image.open(path) as file:
+        return file.convert("RGB").resize(size, Image.Resampling.LANCZOS)

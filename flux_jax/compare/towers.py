@@ -5,7 +5,6 @@ pictures, [b, projection]. The text tower is `flux_jax.models.clip`'s. Architect
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float
 
 from flux_jax.config import CLIPConfig
 from flux_jax.errors import UserError
+from flux_jax.io import published
 from flux_jax.models.clip import ACTIVATIONS, CLIPLayer
 from flux_jax.models.layers import Conv, Embedding, LayerNorm, Linear, stack
 
@@ -94,37 +94,36 @@ def hub_name(names: dict[str, str], ours: str) -> str:
 def read_config(path: Path) -> Towers:
     """A CLIP's config.json; what it leaves out has transformers' defaults. UserError where it is none."""
     try:
-        data = json.loads(path.read_text("utf-8"))
-        if data["model_type"] != "clip":
-            raise ValueError(f"its model_type is {data['model_type']!r}, not 'clip'")
-        text, image = data.get("text_config") or {}, data.get("vision_config") or {}
-        size, patch = int(image.get("image_size", 224)), int(image.get("patch_size", 32))
-        positions = int(text.get("max_position_embeddings", 77))
+        data = published.transformers().CLIPConfig.from_json_file(path)
+        if data.model_type != "clip":
+            raise ValueError(f"its model_type is {data.model_type!r}, not 'clip'")
+        text, image = data.text_config, data.vision_config
+        patches = (image.image_size // image.patch_size) ** 2
         return Towers(
             dataclasses.replace(
-                _tower(text, width=512, mlp=2048, heads=8, positions=positions),
-                vocab_size=int(text.get("vocab_size", 49408)),
-                eos_token_id=int(text.get("eos_token_id", 49407)),
+                _tower(text, text.max_position_embeddings),
+                vocab_size=text.vocab_size,
+                eos_token_id=int(text.eos_token_id),
             ),
-            _tower(image, width=768, mlp=3072, heads=12, positions=(size // patch) ** 2 + 1),
-            size,
-            patch,
-            int(data.get("projection_dim", 512)),
+            _tower(image, patches + 1),
+            image.image_size,
+            image.patch_size,
+            int(data.projection_dim),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"{path} does not describe a CLIP model as the hub has them ({error}).") from error
+    except Exception as error:  # the library's checks have exceptions of their own
+        reason = published.one_line(error)
+        raise UserError(f"{path} does not describe a CLIP model as the hub has them ({reason}).") from error
 
 
-def _tower(section: dict[str, Any], *, width: int, mlp: int, heads: int, positions: int) -> CLIPConfig:
-    activation = section.get("hidden_act", "quick_gelu")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"its activation is {activation!r}, not {' or '.join(ACTIVATIONS)}")
+def _tower(section: Any, positions: int) -> CLIPConfig:
+    if section.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"its activation is {section.hidden_act!r}, not {' or '.join(ACTIVATIONS)}")
     return CLIPConfig(
-        hidden_size=int(section.get("hidden_size", width)),
-        mlp_dim=int(section.get("intermediate_size", mlp)),
-        num_heads=int(section.get("num_attention_heads", heads)),
-        num_layers=int(section.get("num_hidden_layers", 12)),
+        hidden_size=section.hidden_size,
+        mlp_dim=section.intermediate_size,
+        num_heads=section.num_attention_heads,
+        num_layers=section.num_hidden_layers,
         max_positions=positions,
-        eps=float(section.get("layer_norm_eps", 1e-5)),
-        activation=activation,
+        eps=float(section.layer_norm_eps),
+        activation=section.hidden_act,
     )

@@ -12,23 +12,26 @@ and image each; it means the same at every depth. Behind the last block only the
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 from jaxtyping import Array, Float
 
 from flux_jax.distill import memmap_store, student
 from flux_jax.distill.run_context import RunContext
-from flux_jax.distill.training import Fit, FitConfig
+from flux_jax.distill.training import FitConfig, fit
 from flux_jax.distill.trajectories import Trajectories
 from flux_jax.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from flux_jax.models.params import dotted
 from flux_jax.models.transformer import Transformer
 from flux_jax.training import mesh as meshes
+
+MODELS = ("teacher", "student")
 
 
 def apply(
@@ -61,14 +64,14 @@ class BlockLoss:
     image_only: bool
     dtype: Any
 
-    def __call__(self, params: Any, batch: dict, frozen: Any) -> Float[Array, ""]:
+    def __call__(self, params: Any, batch: dict, rope: Any) -> Float[Array, ""]:
         block = nnx.merge(self.graph, in_dtype(params, self.dtype))
-        y = apply(block, self.text_tokens, batch["student"], batch["vec"], frozen)
+        y = apply(block, self.text_tokens, batch["student"], batch["vec"], rope)
         y, target, before = (a.astype(jnp.float32) for a in (y, batch["target"], batch["teacher"]))
         text, image = slice(None, self.text_tokens), slice(self.text_tokens, None)
         terms = [
-            jnp.square(y[:, part] - target[:, part]).mean() / jnp.square(target[:, part] - before[:, part]).mean()
-            for part in ((image,) if self.image_only else (text, image))
+            jnp.square(y[:, rows] - target[:, rows]).mean() / jnp.square(target[:, rows] - before[:, rows]).mean()
+            for rows in ((image,) if self.image_only else (text, image))
         ]
         return sum(terms[1:], terms[0]) / len(terms)
 
@@ -91,7 +94,15 @@ def enter(transformer: Transformer, x, t, guidance, text, pooled):
 
 
 class Blockwise:
-    """The phase, in a workspace."""
+    """The phase, in a run's folder:
+
+        result(block)      the student's arrays of a block, once it has learned
+        states("teacher", k), states("student", k)      hidden states in front of block k, and of no other block
+        vectors            what every modulation linear gets, the same for all blocks
+
+    Each of these is there whole or not at all, and what is there is not made again: that is all that a killed run
+    needs to go on.
+    """
 
     def __init__(self, work: RunContext, trajectories: Trajectories):
         self.work, self.trajectories, self.options = work, trajectories, work.options
@@ -102,7 +113,7 @@ class Blockwise:
         return self.folder / block
 
     def states(self, who: str, index: int) -> Path:
-        """The store of hidden states in front of block `index`; who: teacher or student."""
+        """The store of hidden states in front of block `index`; who: one of MODELS."""
         return self.folder / "states" / f"{who}.{index}"
 
     @property
@@ -112,20 +123,26 @@ class Blockwise:
     def run(self) -> None:
         """Does what is not done yet."""
         blocks = self.work.blocks
-        if all(self.result(block).exists() for block in blocks):
-            memmap_store.remove(self.folder / "states")
-            return
-        pairs = [[self.states(who, k) for who in ("teacher", "student")] for k in range(len(blocks))]
-        begun = [k for k, pair in enumerate(pairs) if all(path.exists() for path in pair)]
-        if not begun or not self.vectors.exists():
-            self._enter()
-            begun = [0]
-        for k in range(max(begun), len(blocks)):
-            self._block(k, last=k == len(blocks) - 1)
-            for who in ("teacher", "student"):
-                memmap_store.remove(self.states(who, k))
-            self.work.metrics.plot()
+        if not all(self.result(block).exists() for block in blocks):
+            for k in range(self._first(), len(blocks)):
+                last = k == len(blocks) - 1
+                self._propagate_teacher(k)
+                graph = self._train_block(k, last)
+                if not last:
+                    self._propagate_student(k, graph)
+                for who in MODELS:
+                    memmap_store.remove(self.states(who, k))
         memmap_store.remove(self.folder / "states")
+
+    def _first(self) -> int:
+        """The block to begin or go on with: the last whose states are there in both models. Those of block k go when
+        the ones in front of k + 1 are complete: after a kill in between, both pairs are there, and k is done."""
+        blocks = range(len(self.work.blocks))
+        begun = [k for k in blocks if all(self.states(who, k).exists() for who in MODELS)]
+        if begun and self.vectors.exists():
+            return max(begun)
+        self._enter()
+        return 0
 
     def _chunks(self):
         size = self.options.block_batch
@@ -144,10 +161,7 @@ class Blockwise:
         work, count = self.work, self.options.block_points
         transformer = work.load_teacher()
         tokens = work.grid[0] * work.grid[1] + work.text_tokens
-        writers = [
-            memmap_store.MemmapWriter(self.states(who, 0), {"x": self._layout(tokens)})
-            for who in ("teacher", "student")
-        ]
+        writers = [memmap_store.MemmapWriter(self.states(who, 0), {"x": self._layout(tokens)}) for who in MODELS]
         shape, dtype = self._layout(1)
         vectors = memmap_store.MemmapWriter(self.vectors, {"vec": ((shape[0], shape[2]), dtype)})
         rows, steps = self.trajectories.draw(self.options.seed, 0, 0, count, None)
@@ -163,22 +177,31 @@ class Blockwise:
         for writer in (vectors, *writers):
             writer.finish()
 
-    def _advance(self, who: str, index: int, step) -> None:
-        """States in front of block index + 1: step(x, vec) of those in front of block `index`."""
+    def _propagate(self, who: str, index: int, block: Callable[[Any, Any, Any], jax.Array]) -> None:
+        """States in front of block index + 1: block(x, vec, rope) of those in front of block `index`."""
         if self.states(who, index + 1).exists():
             return
         x, vec = memmap_store.open_store(self.states(who, index))["x"], memmap_store.open_store(self.vectors)["vec"]
         writer = memmap_store.MemmapWriter(self.states(who, index + 1), {"x": (x.shape, x.dtype)})
         for part in self._chunks():
-            y = meshes.fetch(step(self._put(x[part]), self._put(vec[part])))
+            y = meshes.fetch(block(self._put(x[part]), self._put(vec[part]), self.rope))
             writer.write(part.start, {"x": y[: len(x[part])]})
         writer.finish()
 
-    def _block(self, k: int, last: bool) -> None:
+    def _propagate_teacher(self, k: int) -> None:
+        block = self.work.load_block(self.work.blocks[k], self.work.dtype)
+        self._propagate("teacher", k, functools.partial(forward, block, self.work.text_tokens))
+
+    def _propagate_student(self, k: int, graph: Any) -> None:
+        work, learned = self.work, memmap_store.open_store(self.result(self.work.blocks[k]))
+        params = traverse_util.unflatten_dict(learned, sep=".")
+        params = meshes.put(params, lambda shape: meshes.parameter(work.mesh, shape))
+        block = functools.partial(forward_student, graph, work.text_tokens, work.dtype, params)
+        self._propagate("student", k, block)
+
+    def _train_block(self, k: int, last: bool) -> Any:
+        """Student block k learns, unless its result is there; returns the block's graph."""
         work, name, options = self.work, self.work.blocks[k], self.options
-        teacher = work.load_block(name, work.dtype)
-        self._advance("teacher", k, lambda x, vec: forward(teacher, work.text_tokens, x, vec, self.rope))
-        del teacher
         inputs = {
             "student": memmap_store.open_store(self.states("student", k))["x"],
             "teacher": memmap_store.open_store(self.states("teacher", k))["x"],
@@ -191,32 +214,18 @@ class Blockwise:
             rows = rng.integers(0, options.block_points, options.block_batch)
             return {key: np.asarray(value[rows]) for key, value in inputs.items()}
 
-        block = self._start(name, batch(0))
-        graph, state = nnx.split(block)
-        params = nnx.to_pure_dict(state)
-        loss = BlockLoss(graph, work.text_tokens, last, work.dtype)
+        graph, state = nnx.split(self._start(name, batch(0)))
+        training = self.folder / "training"
         if not self.result(name).exists():
-            plan = FitConfig.of(
-                options, steps=options.block_steps, learning_rate=options.block_learning_rate, accumulate=1,
-                seed=options.seed + k,
-            )  # fmt: skip
-            training = self.folder / "training" / name
-            fit = Fit(training, f"blockwise {name}", plan, options, work.mesh, work.metrics)
-            mean = meshes.fetch(fit.run(loss, params, batch, self.rope))
+            own = {"steps": options.block_steps, "learning_rate": options.block_learning_rate, "accumulate": 1}
+            plan = FitConfig.of(options, seed=options.seed + k, **own)
+            trainer = work.trainer(training / name, f"blockwise {name}")
+            loss = BlockLoss(graph, work.text_tokens, last, work.dtype)
+            mean = meshes.fetch(fit(trainer, plan, work.mesh, loss, nnx.to_pure_dict(state), batch, self.rope))
             flat = {dotted(path): np.asarray(x) for path, x in nnx.to_flat_state(nnx.State(mean))}
             memmap_store.save(self.result(name), flat)
-        memmap_store.remove(self.folder / "training")
-        if not last:
-            found = memmap_store.open_store(self.result(name))
-            params = meshes.put(
-                nnx.to_pure_dict(nnx.from_flat_state([(tuple(key.split(".")), value) for key, value in found.items()])),
-                lambda shape: meshes.parameter(work.mesh, shape),
-            )
-            self._advance(
-                "student",
-                k,
-                lambda x, vec: forward_student(graph, work.text_tokens, work.dtype, params, x, vec, self.rope),
-            )
+        memmap_store.remove(training)
+        return graph
 
     def _start(self, name: str, batch: dict[str, np.ndarray]) -> nnx.Module:
         """The student's block before its first step: rounded, with the inputs' second moments where asked for."""

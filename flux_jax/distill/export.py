@@ -1,9 +1,11 @@
 """The finished student as a checkpoint: codes packed to two bits, scales, and how they were made.
 
 In: the student's parameters and the teacher's checkpoint. Out: a checkpoint directory whose transformer computes what
-the student computed; every other component and the tokenizers are the teacher's, byte for byte.
+the student computed; every other component and the tokenizers are the teacher's, byte for byte; `training/` has the
+run's metrics, curve and options.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,14 @@ def stacked_leaves(work: RunContext, params: Any) -> Iterator[tuple[str, np.ndar
             yield full, np.asarray(value.astype(stored))
 
 
+def training_files(work: RunContext) -> dict[str, bytes]:
+    """What tells how the student was made, by name in its checkpoint; no weight depends on it."""
+    paths = [path for path in (work.metrics.path, work.metrics.curve) if path.exists()]
+    files = {path.name: path.read_bytes() for path in paths}
+    files["options.json"] = (json.dumps(work.options.to_json(), indent=1) + "\n").encode()
+    return {f"training/{name}": content for name, content in files.items()}
+
+
 def export(work: RunContext, params: Any, out: Path, about: Mapping[str, Any], overwrite: bool) -> None:
     """Writes the checkpoint: whole, or not at all; of a run with one process. about: further entries of the manifest's
     `quantization`."""
@@ -80,4 +90,5 @@ def export(work: RunContext, params: Any, out: Path, about: Mapping[str, Any], o
             quantization=quantization,
             source=manifest.get("source"),
             licence=manifest.get("licence"),
+            files=training_files(work),
         )

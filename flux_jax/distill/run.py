@@ -5,8 +5,6 @@ all, and the run's folder `OUT.run`: trajectories, training states, `metrics.jso
 any moment, the same call goes on, and ends with the same checkpoint.
 """
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,6 @@ from flux_jax.errors import UserError
 from flux_jax.io import atomic, prompts
 from flux_jax.training import mesh as meshes
 
-TRAINING = "training"  # the folder in OUT that tells how it was made; no weight depends on it
-
 
 def prepare(teacher: str | Path, folder: Path, texts: Sequence[str], options: Options, mesh: str | None) -> RunContext:
     """The workspace in `folder`, after every check that can be made before computing. UserError for what cannot be."""
@@ -40,7 +36,7 @@ def prepare(teacher: str | Path, folder: Path, texts: Sequence[str], options: Op
     for kind, found in (("left for training", training), ("held out (one in 16 is, by its hash)", held_out)):
         if not found:
             raise UserError(f"None of the {different} different prompts is {kind}: give more.")
-    batches = {"--batch": options.batch // options.accumulate, "--block-batch": options.block_batch}
+    batches = {"batch": options.batch // options.accumulate, "block_batch": options.block_batch}
     atomic.check_writable(folder / "run.json")
     work = RunContext(folder, stored, options, meshes.make(mesh, batches), training, held_out)
     work.begin()
@@ -60,15 +56,14 @@ def train_student(work: RunContext) -> tuple[Any, Any, dict[str, Any]]:
         return found
 
     metrics.forget_after("held_out", -1)
-    read = end_to_end.rounded(work)
-    graph, params = end_to_end.build(work, read)
+    graph, params = end_to_end.build(work, end_to_end.read_rounded)
     before = measured("rounding", graph, params)
     if options.phase_list:
         trajectories = load_or_make(work, "trajectories", work.training, options.trajectories)
         if "blockwise" in options.phase_list:
             del params
             Blockwise(work, trajectories).run()
-            graph, params = end_to_end.build(work, end_to_end.blockwise(work))
+            graph, params = end_to_end.build(work, end_to_end.read_blockwise)
             measured("blockwise", graph, params)
         if "end_to_end" in options.phase_list:
             params = end_to_end.train(work, graph, params, trajectories, before["by_step"])
@@ -105,19 +100,14 @@ def distill(
     Several processes train and stop there, because Orbax saves with all processes or none: a call in a single one then
     finds everything learned, and writes the checkpoint."""
     if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already: choose another name, or give --overwrite to replace it.")
+        raise UserError(f"{out} exists already: choose another name, or give overwrite=True to replace it.")
     if not options.modulation:
         raise UserError(
-            "A checkpoint has all block linears ternary: --no-modulation is for bench.distill_ablation only."
+            "A checkpoint has all block linears ternary: float modulation is for bench.distill_ablation only."
         )
     work = prepare(teacher, out.with_name(out.name + ".run"), texts, options, mesh)
     _, params, about = train_student(work)
     if jax.process_count() > 1:
         return about
     export.export(work, params, out, about, overwrite)
-    (out / TRAINING).mkdir(exist_ok=True)
-    for name in ("metrics.jsonl", "curve.png"):
-        if (work.folder / name).exists():
-            shutil.copy(work.folder / name, out / TRAINING / name)
-    (out / TRAINING / "options.json").write_text(json.dumps(options.to_json(), indent=1) + "\n")
     return about

@@ -31,6 +31,7 @@ from flux_jax.models.transformer import Transformer
 from flux_jax.runtime.environment import resolve_dtype
 from flux_jax.sampling import schedule
 from flux_jax.training import mesh as meshes
+from flux_jax.training.loop import Trainer
 from flux_jax.training.metrics import Metrics
 
 RECORD = "run.json"
@@ -55,6 +56,11 @@ class RunContext:
     @cached_property
     def metrics(self) -> Metrics:
         return Metrics(self.folder)
+
+    def trainer(self, folder: Path, phase: str) -> Trainer:
+        """The training loop of a phase, whose checkpoints are in `folder`."""
+        o = self.options
+        return Trainer(folder, phase, self.metrics, o.save_every, o.log_every, o.max_skipped)
 
     @cached_property
     def dtype(self) -> Any:
@@ -137,9 +143,10 @@ class RunContext:
             if found != record:
                 which = [key for key in record if found.get(key) != record[key]]
                 changed = [k for k in record["options"] if found.get("options", {}).get(k) != record["options"][k]]
-                what = ", ".join(f"--{k.replace('_', '-')}" for k in changed) if changed else " and ".join(which)
+                before = [f'{k}="{found.get("options", {}).get(k)}"' for k in changed]
+                what = ", ".join(before) or f"another {' and '.join(which)}"
                 raise UserError(
-                    f"{self.folder} holds a run that was begun with another {what}: give the same again, or delete it."
+                    f"{self.folder} holds a run that was begun with {what}: give the same again, or delete it."
                 )
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is no folder of a distillation, and not empty: choose another name.")
@@ -155,7 +162,7 @@ class RunContext:
         if needed - have > free:
             raise UserError(
                 f"{self.folder} needs about {(needed - have) / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free: "
-                "free some, or lower --trajectories and --block-points."
+                "free some, or make fewer trajectories and block_points."
             )
         if jax.process_index() == 0:
             write_whole(path, (json.dumps(record, indent=1) + "\n").encode(), overwrite=True)
@@ -177,7 +184,7 @@ class RunContext:
         text = 2 * (self.text_tokens * shape.text_dim + shape.pooled_dim)
         count = options.trajectories + options.held_out
         if "end_to_end" in options.phase_list:
-            count += 2 * options.own_trajectories  # a round's go when the next round's are there
+            count += 2 * options.own_trajectories  # a round's rollouts go when the next round's are there
         total = count * (self.steps * point + text)
         weights = sum(math.prod(shape) for _, shape in self.teacher.table("transformer").values())
         if "blockwise" in options.phase_list:

@@ -23,6 +23,7 @@ from flux_jax.distill.options import Options
 from flux_jax.models.layers import Linear, per_channel
 from flux_jax.models.params import dotted
 from flux_jax.models.quantize import is_ternary, ternarize
+from flux_jax.models.ternary import module_at
 from flux_jax.training.mixed_precision import mixed_product
 from pallas_kernels import quantize_rows
 from pallas_kernels.reference import dot
@@ -117,10 +118,7 @@ def replace_linears_in_place(
     for path, linear in wanted:
         name = prefix + dotted(path)
         if is_ternary(name) and (options.modulation or path[-1] != "mod"):
-            parent = module
-            for key in path[:-1]:
-                parent = getattr(parent, str(key))
-            setattr(parent, str(path[-1]), make(name, linear))
+            setattr(module_at(module, path[:-1]), str(path[-1]), make(name, linear))
     return module
 
 

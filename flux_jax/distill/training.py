@@ -1,30 +1,28 @@
-"""One fit: parameters that learn from batches, with checkpoints, metrics and a running mean of the weights.
+"""How a student's parameters learn: rates by kind of leaf, one step, and what is done where a step is not finite.
 
-In: parameters (a dict tree of float arrays), a loss (params, batch, frozen) -> scalar that is equal to any other that
-computes the same, and `batches(step, mean)`, a function of the step and, at steps named in `stops`, of the running mean
-of the parameters so far (it must not keep that: the next step uses its memory). Out: the last running mean. Killed at
-any moment, the same call goes on from the last checkpoint and ends with the same bits.
+In: parameters (a dict tree of float arrays), a loss (params, batch, constants) -> scalar that is equal to any other
+that computes the same, and `batches(step, mean)`, a function of the step and, at steps named in `stops`, of the running
+mean of the parameters so far (it must not keep that: the next step uses its memory). Out: the last running mean. The
+loop around the steps is `flux_jax.training.loop`'s.
 """
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
-from tqdm import tqdm
+from jaxtyping import Array, Bool, Float, Int
 
 from flux_jax.distill.options import Options
 from flux_jax.distill.student import LARGEST
-from flux_jax.errors import UserError
 from flux_jax.training import mesh as meshes
-from flux_jax.training.metrics import Metrics
+from flux_jax.training import optim
+from flux_jax.training.loop import Trainer
 
 Batches = Callable[[int, Any], dict[str, np.ndarray]]
 
@@ -58,40 +56,24 @@ def kind(path: tuple) -> str:
     return {"shadow": "shadow", "log_scale": "scale"}.get(path[-1].key, "rest")
 
 
-def schedule(plan: FitConfig) -> Callable[[Any], Any]:
-    """Share of the learning rate at a step: rises linearly, stays, falls to zero as a power of what is left."""
-    rise, fall = max(1.0, plan.warmup * plan.steps), max(1.0, plan.decay * plan.steps)
-
-    def share(step):
-        left = jnp.clip((plan.steps - step) / fall, 0.0, 1.0)
-        return jnp.minimum((step + 1) / rise, left**plan.decay_power)
-
-    return share
-
-
-def optimizer(plan: FitConfig):
+def optimizer(plan: FitConfig) -> optax.GradientTransformation:
     """Adam (arXiv 1412.6980) or Muon (arXiv 2502.16982, updates of Adam's size) for shadows, Adam for the rest; each
     kind at its own rate."""
-    import optax
-
-    share = schedule(plan)
+    share = optim.share_of_rate(plan.steps, plan.warmup, plan.decay, plan.decay_power)
 
     def adam(rate: float):
         return optax.adam(lambda step: rate * share(step), b1=0.9, b2=0.98, eps=1e-12)
 
-    def shadows():
-        if plan.optimizer == "adam":
-            return adam(plan.learning_rate)
-        matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    def muon(rate: float):
         return optax.contrib.muon(
-            lambda step: plan.learning_rate * share(step),
+            lambda step: rate * share(step),
             consistent_rms=1.0,
-            muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: matrix, params),
+            muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: optim.STACKED_MATRIX, params),
         )
 
     return optax.partition(
         {
-            "shadow": shadows(),
+            "shadow": (adam if plan.optimizer == "adam" else muon)(plan.learning_rate),
             "scale": adam(plan.learning_rate * plan.scale_rate),
             "rest": adam(plan.learning_rate * plan.rest_rate) if plan.rest_rate else optax.set_to_zero(),
         },
@@ -121,52 +103,61 @@ def to_float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def gradients(loss, plan: FitConfig, params: Any, batch: Any, frozen: Any):
-    """(loss, gradient) in float32, the means over `plan.accumulate` parts of the batch."""
+def gradients(loss, plan: FitConfig, params: Any, batch: Any, constants: Any):
+    """(loss, gradient) in float32, the means over `plan.accumulate` microbatches of the batch."""
     if plan.accumulate == 1:
-        value, gradient = jax.value_and_grad(loss)(params, batch, frozen)
+        value, gradient = jax.value_and_grad(loss)(params, batch, constants)
         return value, to_float32(gradient)
-    # Part j takes rows j, j + parts, ...: each device's rows stay where they are.
-    parts = jax.tree.map(lambda x: x.reshape(-1, plan.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    # Microbatch j of m takes rows j, j + m, ...: each device's rows stay where they are.
+    microbatches = jax.tree.map(lambda x: x.reshape(-1, plan.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def add(total, part):
-        value, gradient = jax.value_and_grad(loss)(params, part, frozen)
+    def add(total, microbatch):
+        value, gradient = jax.value_and_grad(loss)(params, microbatch, constants)
         return jax.tree.map(jnp.add, total, (value, to_float32(gradient))), None
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, to_float32(params)))
-    total, _ = jax.lax.scan(add, zero, parts)
+    total, _ = jax.lax.scan(add, zero, microbatches)
     return jax.tree.map(lambda x: x / plan.accumulate, total)
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "plan", "mesh"), donate_argnames="state")
-def update(loss, plan: FitConfig, mesh: Mesh, state: dict, batch: dict, frozen: Any, step: Int[Array, ""]):
-    """(state, loss, gradient norm) after one step. A loss or gradient that is not finite changes nothing but the count
-    `state["skipped"]`; every random draw is a function of (seed, step)."""
-    import optax
+def clip_shadows(params: Any) -> Any:
+    """Shadows beyond the largest come back to it."""
 
-    value, gradient = gradients(loss, plan, state["params"], batch, frozen)
+    def clip(path, x):
+        return jnp.clip(x, -LARGEST, LARGEST) if kind(path) == "shadow" else x
+
+    return jax.tree_util.tree_map_with_path(clip, params)
+
+
+def keep_if(good: Bool[Array, ""], new: dict, old: dict) -> dict:
+    """`new`, or `old` with one more in its count `skipped`.
+
+    Not `optax.apply_if_finite`: that looks at the gradient alone, leaves the running mean to the caller, and gives in
+    after so many bad steps one after the other. Here nothing changes but the count, and when it is large the loop ends.
+    """
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    return kept | {"skipped": old["skipped"] + (~good).astype(jnp.int32)}
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "plan", "mesh"), donate_argnames="state")
+def update(loss, plan: FitConfig, mesh: Mesh, state: dict, batch: dict, constants: Any, step: Int[Array, ""]):
+    """(state, {"loss", "gradient_norm", "skipped"}) after one step. A loss or gradient that is not finite changes
+    nothing but the count `state["skipped"]`; every random draw is a function of (seed, step)."""
+    value, gradient = gradients(loss, plan, state["params"], batch, constants)
     gradient = meshes.place_parameters(mesh, gradient)
     norm = optax.tree.norm(gradient)
     params, mean = to_float32(state["params"]), to_float32(state["ema"])
-    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
-        updates, optimizer_state = optimizer(plan).update(gradient, state["optimizer"], params)
-    moved = jax.tree_util.tree_map_with_path(
-        lambda path, p, u: jnp.clip(p + u, -LARGEST, LARGEST) if kind(path) == "shadow" else p + u, params, updates
-    )
-    count = step.astype(jnp.float32)
-    decay = jnp.minimum(plan.ema, (1 + count) / (10 + count))  # the first means are of few weights
-    mean = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), mean, moved)
+    changes, optimizer_state = optim.descend(optimizer(plan), gradient, state["optimizer"], params)
+    params = clip_shadows(jax.tree.map(jnp.add, params, changes))
+    mean = optim.running_mean(mean, params, plan.ema, step)
     key = jax.random.fold_in(jax.random.key(plan.seed), step)
-    new = {
-        "params": store_as(state["params"], moved, jax.random.fold_in(key, 0)),
+    new = state | {
+        "params": store_as(state["params"], params, jax.random.fold_in(key, 0)),
         "ema": store_as(state["ema"], mean, jax.random.fold_in(key, 1)),
         "optimizer": optimizer_state,
-        "skipped": state["skipped"],
     }
-    good = jnp.isfinite(value) & jnp.isfinite(norm)
-    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
-    kept["skipped"] = state["skipped"] + (~good).astype(jnp.int32)
-    return meshes.place_parameters(mesh, kept), value, norm
+    kept = meshes.place_parameters(mesh, keep_if(jnp.isfinite(value) & jnp.isfinite(norm), new, state))
+    return kept, {"loss": value, "gradient_norm": norm, "skipped": kept["skipped"]}
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "mesh"))
@@ -181,62 +172,24 @@ def init_state(plan: FitConfig, mesh: Mesh, params: Any) -> dict:
     return meshes.place_parameters(mesh, state)
 
 
-@dataclasses.dataclass
-class Fit:
-    """A fit in its folder: `folder/checkpoints` (Orbax, the last two), and lines in `metrics` named `phase`."""
-
-    folder: Path
-    phase: str
-    plan: FitConfig
-    options: Options
-    mesh: Mesh
-    metrics: Metrics
-
-    def run(self, loss: Any, params: Any, batches: Batches, frozen: Any, stops: Sequence[int] = ()) -> Any:
-        """Fits `params` (global arrays) and returns their running mean, in the same dtypes. stops: steps before which
-        there is always a checkpoint. UserError once more than `options.max_skipped` steps were not finite."""
-        from orbax.checkpoint import v1 as ocp
-
-        state, step = init_state(self.plan, self.mesh, params), 0
-        checkpoints = ocp.training.Checkpointer(
-            (self.folder / "checkpoints").absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(2),
-            cleanup_tmp_directories=True,
-        )
-        if latest := checkpoints.latest:
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            state, step = checkpoints.load(latest, abstract), latest.step
-        self.metrics.forget_after(self.phase, step)
-        losses, start = [], time.perf_counter()
-        bar = tqdm(total=self.plan.steps, initial=step, desc=self.phase, mininterval=2, disable=jax.process_index() > 0)
-        with bar:
-            while step < self.plan.steps:
-                batch = meshes.put(batches(step, state["ema"]), meshes.by_row(self.mesh))
-                state, value, norm = update(loss, self.plan, self.mesh, state, batch, frozen, np.int32(step))
-                losses.append(value)
-                step += 1
-                bar.update()
-                last = step == self.plan.steps
-                if step % self.options.log_every == 0 or last:
-                    values = np.array(jax.device_get(losses))
-                    mean = float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
-                    skipped, seconds = int(state["skipped"]), time.perf_counter() - start
-                    self.metrics.log(
-                        phase=self.phase,
-                        step=step,
-                        loss=mean,
-                        gradient_norm=float(norm),
-                        skipped=skipped,
-                        seconds_per_step=round(seconds / len(losses), 4),
-                    )
-                    bar.set_postfix(loss=f"{mean:.4g}", skipped=skipped)
-                    losses, start = [], time.perf_counter()
-                    if skipped > self.options.max_skipped:
-                        raise UserError(
-                            f"{self.phase}: {skipped} of {step} steps had a loss or gradient that is not finite; lower "
-                            "the learning rate, or look for damaged weights in the teacher."
-                        )
-                if step % self.options.save_every == 0 or step in stops or last:
-                    checkpoints.save(step, state)
-        checkpoints.close()
-        return state["ema"]
+def fit(
+    trainer: Trainer,
+    plan: FitConfig,
+    mesh: Mesh,
+    loss: Any,
+    params: Any,
+    batches: Batches,
+    constants: Any,
+    stops: Sequence[int] = (),
+) -> Any:
+    """Trains `params` (global arrays) and returns their running mean, in the same dtypes; see the module's docstring.
+    stops: steps before which there is always a checkpoint."""
+    rows = meshes.by_row(mesh)
+    state = trainer.run(
+        init_state(plan, mesh, params),
+        lambda state, batch, step: update(loss, plan, mesh, state, batch, constants, step),
+        lambda step, state: meshes.put(batches(step, state["ema"]), rows),
+        plan.steps,
+        stops,
+    )
+    return state["ema"]

@@ -4,10 +4,10 @@ In: prompts, a seed, the teacher with its schedule and guidance. Out: for trajec
 and its text, in chunks on disk (float16). Trajectory j depends on (seed, j) alone, its prompt too; a chunk is whole or
 not there, so that a killed run goes on with the next one. A batch of points depends on (seed, phase, step) alone.
 
-What a point holds is the rounded x_t and the teacher's velocity at just that x_t. The way is the teacher's own, or a
-driver's: a student that samples meets points beside the teacher's way, and learns there what brings it back (DAgger,
-arXiv 1011.0686). With `points` = "noise" x_t is pure noise at every level: what is known not to work, kept for the
-ablation.
+What a point holds is the rounded x_t and the teacher's velocity at just that x_t. From one point to the next leads the
+velocity of the behaviour model: the teacher itself, or, in an on-policy rollout, the student, which meets points beside
+the teacher's way, and learns there what brings it back (DAgger, arXiv 1011.0686). With `points` = "noise" x_t is pure
+noise at every level: what is known not to work, kept for the ablation.
 """
 
 import functools
@@ -62,10 +62,10 @@ def rollout(
     sigmas: Float[Array, " levels"],
     rope: Float[Array, "2 n half"],
     noisy: bool,
-    driver: Transformer | None = None,
+    behaviour: Transformer | None = None,
 ) -> tuple[Float[Array, "b s i c"], Float[Array, "b s i c"]]:
-    """All points of a batch of trajectories: x_t and the transformer's velocity there, float16. From one point to the
-    next leads the driver's velocity, where there is one."""
+    """All points of a batch of trajectories: x_t and the transformer's velocity there, float16. behaviour:
+    the model whose velocity leads from one point to the next; the transformer itself, where there is none."""
     batch = len(noise)
 
     def velocity(model, x, now):
@@ -77,8 +77,8 @@ def rollout(
             x = jax.random.permutation(jax.random.fold_in(jax.random.key(0), index), noise, axis=1)
         x = x.astype(STORED)
         v = velocity(transformer, x, now)
-        way = v if driver is None else velocity(driver, x, now)
-        return x.astype(jnp.float32) + (after - now) * way.astype(jnp.float32), (x, v)
+        leading = v if behaviour is None else velocity(behaviour, x, now)
+        return x.astype(jnp.float32) + (after - now) * leading.astype(jnp.float32), (x, v)
 
     _, points = jax.lax.scan(body, noise, (sigmas[:-1], sigmas[1:], jnp.arange(len(sigmas) - 1)))
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), points)
@@ -115,17 +115,17 @@ def chunk_paths(folder: Path, count: int, chunk: int) -> list[Path]:
 
 
 def load_or_make(
-    work: RunContext, name: str, prompts: list[str], count: int, *, first: int = 0, driver: Transformer | None = None
+    work: RunContext, name: str, prompts: list[str], count: int, *, first: int = 0, behaviour: Transformer | None = None
 ) -> Trajectories:
-    """The trajectories first, first + 1, ... in the run's folder `name`, after making those that are not there, on the
-    teacher's way or the driver's. UserError where the teacher's latents or texts leave float16."""
+    """The trajectories first, first + 1, ... in the run's folder `name`, after making those that are not there; led
+    by the behaviour model, where there is one. UserError where the teacher's latents or texts leave float16."""
     folder, chunk = work.folder / name, work.options.block_batch
     paths = chunk_paths(folder, count, chunk)
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     if missing:
         apart = name == "held_out"  # measured on what is sampled, whatever was trained on
         maker = TrajectorySampler(
-            work, 2 * work.options.seed + apart, work.options.points == "noise" and not apart, driver
+            work, 2 * work.options.seed + apart, work.options.points == "noise" and not apart, behaviour
         )
         texts = order(prompts, work.options.seed, first + count)[first:]
         done, hidden = len(paths) - len(missing), jax.process_index() > 0
@@ -134,7 +134,7 @@ def load_or_make(
             if bad := [key for key, value in arrays.items() if not np.isfinite(value).all()]:
                 raise UserError(
                     f"Trajectories from {i * chunk} on: the teacher's {bad[0]} is not finite in float16; its weights"
-                    " may be damaged, or try --dtype float32."
+                    ' may be damaged, or try dtype="float32".'
                 )
             memmap_store.save(paths[i], arrays)
     return Trajectories(work, folder, count, chunk)
@@ -143,8 +143,8 @@ def load_or_make(
 class TrajectorySampler:
     """The teacher with its encoders, ready to sample."""
 
-    def __init__(self, work: RunContext, seed: int, noisy: bool = False, driver: Transformer | None = None):
-        self.work, self.seed, self.noisy, self.driver = work, np.uint32(seed % 2**32), noisy, driver
+    def __init__(self, work: RunContext, seed: int, noisy: bool = False, behaviour: Transformer | None = None):
+        self.work, self.seed, self.noisy, self.behaviour = work, np.uint32(seed % 2**32), noisy, behaviour
         self.tokenizers = Tokenizers.load(work.teacher.tokenizers, work.config)
         self.t5, self.clip = (work.teacher.load(component, work.dtype) for component in ("t5", "clip"))
         self.transformer = work.load_teacher()
@@ -169,6 +169,6 @@ class TrajectorySampler:
             (np.asarray(noise), text.astype(work.dtype), pooled.astype(work.dtype)), meshes.by_row(work.mesh)
         )
         scalars = meshes.put((np.float32(work.guidance), work.sigmas), meshes.whole(work.mesh))
-        x, v = rollout(self.transformer, *inputs, *scalars, work.rope, self.noisy, self.driver)
+        x, v = rollout(self.transformer, *inputs, *scalars, work.rope, self.noisy, self.behaviour)
         x, v = meshes.fetch((x, v))
         return {"x": x[:count], "velocity": v[:count], "text": text[:count], "pooled": pooled[:count]}

@@ -8,18 +8,19 @@ every prompt, because both official generators start again at their seed (42) wi
 
 Subsets. `subset` orders prompts by (r + 1/2) / n, r being a prompt's rank among the n of its tag (parti: category) by
 SHA-256 of its text, and takes the first N: always the same ones, all tags in proportion, each subset part of the next
-larger one. Paths do not depend on the subset, so that a run on 50 prompts goes on to 553.
+larger one. Paths do not depend on the subset, so that a run on 50 prompts goes on to all.
 """
 
-import csv
 import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flux_jax.errors import UserError
 from flux_jax.evaluate.geneval import TAGS
+from flux_jax.io.fields import wrong_fields
+from flux_jax.io.prompts import read_lines, read_objects, read_table
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
 PROMPTS = 300  # of a category of T2I-CompBench
@@ -50,73 +51,42 @@ class Picture:
     sidecar: dict[str, Any] | None = None
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(line number, text) of every line; blank ones at the end are left out, others raise UserError."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}.") from error
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise UserError(f"{path}, line {number}: there is no prompt; delete the line.")
-    if not lines:
-        raise UserError(f"{path} holds no prompt.")
-    return list(enumerate(lines, 1))
-
-
-def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line of a JSONL file; UserError names the line that is none."""
-    rows = []
-    for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: each line must be a JSON object.")
-        rows.append((number, row))
-    return rows
+def check_complete(path: Path, rows: Sequence[tuple[int, Any]], first: int = 1) -> None:
+    """Raises UserError where rows (line number, what it holds) skip a line: pictures are placed by counting lines."""
+    for expected, (number, _) in enumerate(rows, first):
+        if number != expected:
+            raise UserError(f"{path}, line {expected}: there is no prompt; delete the line.")
 
 
 def read_geneval(path: Path) -> list[Prompt]:
     """`evaluation_metadata.jsonl`: objects with tag, prompt and include."""
-    prompts = []
-    for number, row in read_objects(path):
-        if row.get("tag") not in TAGS:
+    found: list[Prompt] = []
+    rows = read_objects(path)
+    check_complete(path, rows)
+    for number, row in rows:
+        if row.get("tag") not in tuple(TAGS):
             raise UserError(f"{path}, line {number}: unknown tag {row.get('tag')!r}; GenEval has {', '.join(TAGS)}.")
-        if (
-            not isinstance(row.get("prompt"), str)
-            or not row["prompt"].strip()
-            or not isinstance(row.get("include"), list)
-        ):
+        if wrong_fields(row, {"prompt": str, "include": list}) or not row["prompt"].strip():
             raise UserError(f'{path}, line {number}: each line needs a "prompt" and a list "include".')
-        prompts.append(Prompt(len(prompts), row["prompt"], row["tag"], row))
-    return prompts
+        found.append(Prompt(len(found), row["prompt"], row["tag"], row))
+    return found
 
 
 def read_parti(path: Path) -> list[Prompt]:
     """`PartiPrompts.tsv`: a heading with Prompt and Category, then one prompt a line."""
-    (_, heading), *lines = read_lines(path)
-    names = heading.split("\t")
-    if not {"Prompt", "Category"} <= set(names):
-        raise UserError(f"{path}, line 1: the heading must name the columns Prompt and Category.")
-    prompts = []
-    for number, line in lines:
-        row = dict(zip(names, next(csv.reader([line], delimiter="\t")), strict=False))
-        if not row.get("Prompt", "").strip() or not row.get("Category"):
-            raise UserError(f"{path}, line {number}: a prompt or its category is missing.")
-        sidecar = {name.lower(): value for name, value in row.items()}
-        prompts.append(Prompt(len(prompts), row["Prompt"], row["Category"], sidecar))
-    return prompts
+    rows = read_table(path, ["Prompt", "Category"])
+    check_complete(path, rows, first=2)
+    return [Prompt(place, row["prompt"], row["category"], row) for place, (_, row) in enumerate(rows)]
 
 
 def read_t2i_compbench(path: Path, images: int = IMAGES["t2i-compbench"]) -> list[Prompt]:
     """`color_val.txt` and its like: one prompt a line. The evaluators find the prompt in the picture's file name, so it
-    must fit into one: UserError for "/", "_" (they cut there), or more bytes than a name may have."""
-    prompts = []
-    for number, line in read_lines(path):
+    must fit into one: UserError for "/", "_" (they cut there), or more bytes than a name may have. A line is a prompt
+    even where it begins with "#"."""
+    found: list[Prompt] = []
+    lines = read_lines(path)
+    check_complete(path, lines)
+    for number, line in lines:
         text = line.split("\t")[0].strip()
         for wrong in "/_\0":
             if wrong in text:
@@ -124,13 +94,13 @@ def read_t2i_compbench(path: Path, images: int = IMAGES["t2i-compbench"]) -> lis
                     f"{path}, line {number}: T2I-CompBench puts the prompt into the picture's file name, which cannot "
                     f"hold {wrong!r}; reword the prompt."
                 )
-        if (length := len(t2i_name(text, images * len(prompts)).encode())) > LONGEST_NAME:
+        if (length := len(t2i_name(text, images * len(found)).encode())) > LONGEST_NAME:
             raise UserError(
                 f"{path}, line {number}: T2I-CompBench puts the prompt into the picture's file name, which would take "
                 f"{length} bytes of at most {LONGEST_NAME}; shorten the prompt."
             )
-        prompts.append(Prompt(len(prompts), text))
-    return prompts
+        found.append(Prompt(len(found), text))
+    return found
 
 
 def t2i_name(prompt: str, index: int) -> str:

@@ -6,35 +6,25 @@ In: what a detector found in a picture (class -> detections, corners in pixels w
 detection's own: GenEval asks CLIP for them, a caller may ask anything.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TAGS = {  # and GenEval's numbers of prompts, 553 in all
-    "single_object": 80,
-    "two_object": 99,
-    "counting": 80,
-    "colors": 94,
-    "position": 100,
-    "color_attr": 100,
-}
+from flux_jax.nano.captions import EVALUATION
+from flux_jax.nano.relations import Box, Number, relations
+
+TAGS = EVALUATION  # and GenEval's numbers of prompts, which are FLUX-nano's, too
 CONFIDENCE = 0.3  # below it a detection does not count ...
 COUNTING_CONFIDENCE = 0.9  # ... nor below this, where objects are counted
 MAX_OBJECTS = 16  # of one class
 MAX_OVERLAP = 1.0  # of two detections of one class; 1 keeps all, as the published scores do
-POSITION_THRESHOLD = 0.1  # share of the summed sides that an offset must exceed to count
-NOTHING = 1e-3  # pixels: an offset below it says nothing
-
-
-Number = int | float
 
 
 @dataclass(frozen=True)
 class Detection:
     """box: x0, y0, x1, y1 in pixels; `color` only where prompts name one."""
 
-    box: tuple[Number, Number, Number, Number]
+    box: Box
     confidence: Number = 1.0
     color: str | None = None
 
@@ -65,24 +55,6 @@ def keep(
         if max_overlap >= 1 or all(overlap(detection, other) < max_overlap for other in kept):
             kept.append(detection)
     return kept
-
-
-def relations(a: Detection, b: Detection, threshold: Number = POSITION_THRESHOLD) -> set[str]:
-    """Where a lies of b: of "left of", "right of", "above", "below". From the offset of the centres, `threshold` times
-    the summed widths (heights) is taken off; what is left must exceed half of the whole offset's length."""
-    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a.box, b.box
-    across, down = (ax0 + ax1 - bx0 - bx1) / 2, (ay0 + ay1 - by0 - by1) / 2
-    left_across = max(abs(across) - threshold * (abs(ax1 - ax0) + abs(bx1 - bx0)), 0.0)
-    left_down = max(abs(down) - threshold * (abs(ay1 - ay0) + abs(by1 - by0)), 0.0)
-    if max(left_across, left_down) < NOTHING:
-        return set()
-    half = math.hypot(across, down) / 2
-    found = set()
-    if left_across > half:
-        found.add("left of" if across < 0 else "right of")
-    if left_down > half:
-        found.add("above" if down < 0 else "below")
-    return found
 
 
 def judge(metadata: Mapping[str, Any], detections: Mapping[str, Iterable[Detection]]) -> tuple[bool, str]:
@@ -125,6 +97,6 @@ def _fault(wanted: Mapping[str, Any], found: Sequence[Detection], matched: Seque
             return f"nothing for {name} to be {relation}"
         for a in found:
             for b in targets:
-                if relation not in (true := relations(a, b)):
+                if relation not in (true := relations(a.box, b.box)):
                     return f"{name} is {' and '.join(sorted(true)) or 'nowhere clear'}, {relation} expected"
     return ""

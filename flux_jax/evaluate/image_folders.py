@@ -7,7 +7,6 @@ one that is there is not made again.
 
 import contextlib
 import json
-import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ def stamp(out: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise UserError(
-                f"{out} holds files but no {RUN}: it is not of this program's making; choose another --out."
+                f"{out} holds files but no {RUN}: it is not of this program's making; choose another folder."
             )
         with contextlib.suppress(UserError):  # another shard may have been quicker: what it wrote is compared below
             atomic.write_whole(path, (json.dumps(settings, indent=2) + "\n").encode(), overwrite=False)
@@ -39,7 +38,7 @@ def stamp(out: Path, settings: dict[str, Any]) -> None:
     there = read_run(out)
     differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
     if differing:
-        raise UserError(f"{out} holds pictures made with another {' and '.join(differing)}; choose another --out.")
+        raise UserError(f"{out} holds pictures made with another {' and '.join(differing)}; choose another folder.")
 
 
 def read_run(out: Path) -> dict[str, Any]:
@@ -70,39 +69,31 @@ def make(
     record(picture, image) is what the file says of itself. The first failure stops all devices and is raised; finished
     pictures stay.
     """
-    todo: queue.SimpleQueue[Picture] = queue.SimpleQueue()
-    wanted = missing(pictures, out)
-    for picture in wanted:
-        todo.put(picture)
-    failed, made = threading.Event(), []
+    wanted, free = missing(pictures, out), list(devices)
+    here, stopped = threading.local(), threading.Event()  # here.draw: what draws on this thread's device
 
-    def work(device: Any) -> None:
+    def one(picture: Picture) -> bool:
+        if stopped.is_set():
+            return False
         try:
-            drawn = draw(device)
-            while not failed.is_set():
-                picture = todo.get_nowait()
-                if not (out / picture.path).exists():  # another machine may have made it meanwhile
-                    image = drawn(picture)
-                    write(picture, image, out, record(picture, image))
-                    made.append(picture)
-                bar.update()
-        except queue.Empty:
-            pass
+            if not hasattr(here, "draw"):
+                here.draw = draw(free.pop(0))
+            if (out / picture.path).exists():  # another machine may have made it meanwhile
+                return False
+            image = here.draw(picture)
+            write(picture, image, out, record(picture, image))
+            return True
         except BaseException:
-            failed.set()
+            stopped.set()
             raise
 
-    if wanted:
-        with tqdm(total=len(wanted), unit="picture", mininterval=2) as bar:
-            with ThreadPoolExecutor(min(len(devices), len(wanted))) as pool:
-                jobs = [pool.submit(work, device) for device in devices[: len(wanted)]]
-                try:
-                    for job in jobs:
-                        job.result()
-                except BaseException:  # also Ctrl-C, which arrives here: the threads finish their picture
-                    failed.set()
-                    raise
-    return len(made)
+    if not wanted:
+        return 0
+    with ThreadPoolExecutor(min(len(devices), len(wanted))) as pool:
+        try:
+            return sum(tqdm(pool.map(one, wanted), total=len(wanted), unit="picture", mininterval=2))
+        finally:  # Ctrl-C arrives here: the threads finish their picture
+            stopped.set()
 
 
 def write(picture: Picture, image: Any, out: Path, record: dict[str, Any]) -> None:

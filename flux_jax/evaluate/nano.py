@@ -1,6 +1,6 @@
 """FLUX-nano's score: GenEval's six tags, judged by the oracle that knows the renderer.
 
-In: a checkpoint and the 553 held-out captions. Out: `OUT/<tag>/<index>.png`, `OUT/verdicts.jsonl` (per caption: the
+In: a checkpoint and the held-out captions. Out: `OUT/<tag>/<index>.png`, `OUT/verdicts.jsonl` (per caption: the
 verdict, the reason, what the oracle read), `OUT/sheet.png` to look at, and a summary with 95 % intervals, also in
 `OUT/summary.json`. Picture i has seed `seed + i`, whatever else is drawn; pictures that are there already are judged,
 not made again.
@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flux_jax.evaluate.contact_sheet import sheet
 from flux_jax.evaluate.statistics import Estimate, average, wilson
 from flux_jax.io import atomic
+from flux_jax.io.contact_sheet import Judged, judged_sheet
 from flux_jax.nano.captions import EVALUATION, Caption, evaluation_captions
 from flux_jax.nano.oracle import Verdict, score
 
@@ -38,7 +38,7 @@ class CaptionTask:
 
 
 def tasks(seed: int = 0, every: int = 1) -> list[CaptionTask]:
-    """The 553 pictures, or each `every`-th of every tag (the same ones always)."""
+    """All pictures of the evaluation, or each `every`-th of every tag (the same ones always)."""
     return [CaptionTask(i, caption, seed + i) for i, caption in enumerate(evaluation_captions())][::every]
 
 
@@ -74,7 +74,8 @@ def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int =
 def overview(planned: list[CaptionTask], rows: list[dict[str, Any]], out: Path, columns: int = 8) -> Image.Image:
     """A row of pictures for each tag, evenly spread over its captions."""
     chosen = [i for places in spread([entry["tag"] for entry in rows], columns).values() for i in places]
-    return sheet([(planned[i].path(out), rows[i]["prompt"], rows[i]["correct"]) for i in chosen], columns)
+    entries = [Judged(planned[i].path(out), rows[i]["prompt"], rows[i]["correct"]) for i in chosen]
+    return judged_sheet(entries, columns)
 
 
 def spread(tags: Sequence[str], each: int) -> dict[str, list[int]]:

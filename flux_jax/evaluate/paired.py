@@ -12,8 +12,8 @@ from PIL import Image
 
 from flux_jax.errors import UserError
 from flux_jax.evaluate import paper, scoring
-from flux_jax.evaluate.contact_sheet import sheet
 from flux_jax.evaluate.statistics import average, paired_difference, sign_test
+from flux_jax.io.contact_sheet import Judged, judged_sheet
 from flux_jax.nano.captions import EVALUATION
 
 MOST_SHOWN = 48  # flipped captions on a sheet
@@ -78,8 +78,8 @@ def flip_sheet(changes: Sequence[dict[str, Any]], out: Path, against: Path) -> I
     for change in changes[:MOST_SHOWN]:
         file = Path(change["tag"], f"{change['index']:03d}.png")
         gained, note = change["change"] == "gained", f"{change['change']}: {change['reason']}"
-        entries += [(out / file, change["prompt"], gained), (against / file, note, not gained)]
-    return sheet(entries, COLUMNS) if entries else None
+        entries += [Judged(out / file, change["prompt"], gained), Judged(against / file, note, not gained)]
+    return judged_sheet(entries, COLUMNS) if entries else None
 
 
 def page(models: Sequence[dict[str, Any]], against: dict[str, Any], paired: Sequence[dict[str, Any]]) -> str:

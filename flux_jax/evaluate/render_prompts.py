@@ -13,6 +13,10 @@ from flux_jax.evaluate.models import Variant
 from flux_jax.io import png
 from flux_jax.runtime.environment import version
 
+# Of the keys in a file: a folder that an earlier version began is finished with the bytes that it would have had.
+RECORD_ORDER = ("prompt", "seed", "format", "negative_prompt", "steps", "guidance", "true_cfg", "height", "width",
+                "max_sequence_length", "dtype", "model", "device", "versions")  # fmt: skip
+
 
 def painter(variant: Variant, sampling: dict[str, Any]) -> Callable[[Any], Callable[[Picture], Any]]:
     """device -> (picture -> PIL image), with a copy of the model on that device."""
@@ -49,8 +53,6 @@ def recorder(variant: Variant, sampling: dict[str, Any], device: Any) -> Callabl
 
     identity = variant.identity()
     common = {
-        "format": png.RECORD_FORMAT,
-        "negative_prompt": None,
         "steps": sampling["num_inference_steps"],
         "guidance": sampling["guidance_scale"],
         "true_cfg": 1.0,
@@ -62,4 +64,9 @@ def recorder(variant: Variant, sampling: dict[str, Any], device: Any) -> Callabl
         "device": f"{device.platform} {device.device_kind}",
         "versions": {"flux_jax": version(), "jax": jax.__version__, "python": sys.version.split()[0]},
     }
-    return lambda picture, image: {"prompt": picture.prompt, "seed": picture.seed, **common}
+
+    def record(picture: Picture, image: Any) -> dict[str, Any]:
+        entry = png.Record(prompt=picture.prompt, seed=picture.seed, **common).to_json()
+        return {key: entry[key] for key in RECORD_ORDER}
+
+    return record

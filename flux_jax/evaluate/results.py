@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from flux_jax.errors import UserError
-from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, PROMPTS, read_objects
+from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, PROMPTS
 from flux_jax.evaluate.geneval import TAGS
 from flux_jax.evaluate.image_folders import RUN, read_run
+from flux_jax.io.fields import wrong_fields
+from flux_jax.io.prompts import read_objects
 
 _BLIP = "annotation_blip"
 _SHARE = "sharegpt4v"  # a language model's marks, 0 to 100
@@ -53,12 +55,11 @@ def read_geneval(path: Path, name: str) -> Measured:
     measured = Measured(name, {tag: {} for tag in TAGS})
     rows = read_objects(path)
     for number, row in rows:
-        tag, correct, prompt = row.get("tag"), row.get("correct"), row.get("prompt")
-        if tag not in TAGS:
+        if (tag := row.get("tag")) not in tuple(TAGS):
             raise UserError(f"{path}, line {number}: unknown tag {tag!r}; GenEval has {', '.join(TAGS)}.")
-        if not isinstance(correct, bool) or not isinstance(prompt, str):
+        if wrong_fields(row, {"prompt": str, "correct": bool}):
             raise UserError(f'{path}, line {number}: each line needs "prompt" and a true or false "correct".')
-        measured.scores[tag].setdefault(prompt, []).append(float(correct))
+        measured.scores[tag].setdefault(row["prompt"], []).append(float(row["correct"]))
     _same_number({prompt: len(each) for tag in measured.scores.values() for prompt, each in tag.items()}, path)
     if pictures is not None and len(rows) != pictures:
         raise UserError(f"{path} judges {len(rows)} pictures, but {pictures} are there; run the evaluator again.")

@@ -5,14 +5,25 @@ In: what the official evaluators wrote (`flux_jax.evaluate.results`). Out: Markd
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from flux_jax.evaluate import paper
 from flux_jax.evaluate.results import Measured
 from flux_jax.evaluate.statistics import Estimate, average, mean, mean_difference, share
 
+
+class Table(NamedTuple):
+    """A table of the paper: column -> its heading, system -> its scores in the columns' order."""
+
+    title: str
+    columns: Mapping[str, str]
+    published: Mapping[str, Sequence[float]]
+    digits: int
+
+
 TABLES = {
-    "geneval": (paper.GENEVAL_TITLE, paper.GENEVAL_COLUMNS, paper.GENEVAL, 2),
-    "t2i-compbench": (paper.T2I_TITLE, paper.T2I_COLUMNS, paper.T2I, 4),
+    "geneval": Table(paper.GENEVAL_TITLE, paper.GENEVAL_COLUMNS, paper.GENEVAL, 2),
+    "t2i-compbench": Table(paper.T2I_TITLE, paper.T2I_COLUMNS, paper.T2I, 4),
 }
 ABSENT = "–"
 
@@ -25,7 +36,7 @@ def estimates(model: Measured, benchmark: str) -> dict[str, Estimate]:
         found[column] = (
             share([[bool(v) for v in group] for group in groups]) if benchmark == "geneval" else mean(groups)
         )
-    columns = [column for column in TABLES[benchmark][1] if column != "overall"]
+    columns = [column for column in TABLES[benchmark].columns if column != "overall"]
     if set(found) == set(columns) and model.comparable:
         return {"overall": average([found[column] for column in columns])} | found
     return found

@@ -126,6 +126,6 @@ def paired_difference(both: int, first: int, second: int, neither: int) -> Estim
 def sign_test(first: int, second: int) -> float:
     """Probability of a split at least as uneven among the captions that flipped, were either way as likely (the exact
     form of McNemar's test, two-sided)."""
-    flipped = first + second
-    tail = sum(math.comb(flipped, k) for k in range(min(first, second) + 1)) / 2**flipped
-    return min(1.0, 2 * tail)
+    from scipy.stats import binomtest  # takes a second to import
+
+    return float(binomtest(first, first + second).pvalue) if first + second else 1.0

@@ -84,7 +84,7 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
             else:
                 _publish_new(temporary, path)
     except FileExistsError as error:
-        raise UserError(f"{path} exists; choose another -o, or pass --overwrite to replace it.") from error
+        raise UserError(f"{path} exists; choose another name, or pass overwrite=True to replace it.") from error
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
 

@@ -1,9 +1,10 @@
-"""Reads safetensors files, one tensor at a time.
+"""Reads and writes safetensors files, one tensor at a time.
 
 In: files or folders of published weights. Out: `Source`: for each tensor its dtype and shape (from the headers,
-nothing else is read), and the tensor itself on request as an owned numpy array. Files are read, not mapped: mapped
-pages would count as memory of this process, and the converter promises a bound on that. What is wrong with the files
-(missing shard, truncated file, damaged header) is collected in `faults`, so that one report can name everything.
+nothing else is read), and the tensor itself on request as an owned numpy array. Files are read, not mapped as the
+library `safetensors` does: mapped pages would count as memory of this process, and the converter promises a bound on
+that. What is wrong with the files (missing shard, truncated file, damaged header) is collected in `faults`, so that one
+report can name everything. The other way, `file_header` is what stands before the tensors of a file that is written.
 Format: https://huggingface.co/docs/safetensors (8 bytes of little-endian header length, JSON header, data).
 """
 
@@ -38,13 +39,12 @@ MAX_HEADER = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: dtype as safetensors names it, shape, where its bytes lie; `array` for tensors in memory."""
+    """One tensor: dtype as safetensors names it, shape, where its bytes lie."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path | None = None
     offset: int = 0
-    array: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
@@ -64,8 +64,6 @@ class Source:
         """The tensor in its stored floating dtype. out: a contiguous array of that dtype and size to read it into, if
         it lies in a file; then that is returned. Raises UserError where the file ends early."""
         entry = self.entries[name]
-        if entry.array is not None:
-            return entry.array
         assert entry.file is not None
         out = np.empty(entry.shape, FLOATS[entry.dtype]) if out is None else out
         with open(entry.file, "rb", buffering=0) as f:
@@ -77,13 +75,6 @@ class Source:
                     raise UserError(f"{entry.file} ends inside tensor {name}: copy or download the file again")
                 done += got
         return out
-
-    @classmethod
-    def from_arrays(cls, tensors: Mapping[str, Any], where: str = "tensors in memory") -> "Source":
-        """For tests and notebooks: any mapping of names to arrays."""
-        names = {np.dtype(v): k for k, v in FLOATS.items()}
-        arrays = {k: np.asarray(v) for k, v in tensors.items()}
-        return cls(where, {k: Entry(names.get(v.dtype, str(v.dtype)), v.shape, array=v) for k, v in arrays.items()})
 
     @classmethod
     def from_path(cls, path: Path) -> "Source":
@@ -163,3 +154,19 @@ def read_header(path: Path) -> dict[str, Entry]:
     if 8 + length + end > size:
         raise ValueError(f"truncated: {size} bytes of {8 + length + end}: copy or download the file again")
     return entries
+
+
+def file_header(
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The bytes before the first tensor of a file in which these follow one another, without gaps, in this order."""
+    names = {np.dtype(dtype): name for name, dtype in FLOATS.items()}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    start = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -23,8 +23,8 @@ def split_heads(x: Float[Array, "b t n"], config: TransformerConfig) -> Float[Ar
 def projections(
     query_norm: RMSNorm, key_norm: RMSNorm, width: int, rope: Float[Array, "2 t half"]
 ) -> list[tuple[int, NormRope | None]]:
-    """The parts of a product that are queries, keys and values: `width` channels each, queries and keys with norm and
-    turn."""
+    """The slices of a product that are queries, keys and values: `width` channels each, queries and keys with norm and
+    rope."""
     then = NormRope(query_norm.weight[...], rope), NormRope(key_norm.weight[...], rope), None
     return [(width, epilogue) for epilogue in then]
 
@@ -48,8 +48,8 @@ class Stream(nnx.Module):
     ) -> list[Float[Array, "b t h w"]]:
         """Queries and keys, normalised and with their rotary positions, and values; mod: shift and scale."""
         shift, scale = mod
-        parts = projections(self.query_norm, self.key_norm, self.config.hidden_size, rope)
-        return [split_heads(y, self.config) for y in modulated_linear(self.qkv, x, shift, scale, *parts)]
+        slices = projections(self.query_norm, self.key_norm, self.config.hidden_size, rope)
+        return [split_heads(y, self.config) for y in modulated_linear(self.qkv, x, shift, scale, *slices)]
 
     def finish_block(
         self, x: Float[Array, "b t d"], attended: Float[Array, "b t a"], mod: list[Float[Array, "b d"]]
@@ -102,7 +102,7 @@ class SingleStreamBlock(nnx.Module):
         self, x: Float[Array, "b t d"], mod: Float[Array, "b 3*d"], rope: Float[Array, "2 t half"]
     ) -> Float[Array, "b t d"]:
         shift, scale, gate = jnp.split(mod, 3, -1)
-        parts = projections(self.query_norm, self.key_norm, self.config.hidden_size, rope)
-        *qkv, hidden = modulated_linear(self.linear1, x, shift, scale, *parts, (self.config.mlp_dim, Gelu()))
+        slices = projections(self.query_norm, self.key_norm, self.config.hidden_size, rope)
+        *qkv, hidden = modulated_linear(self.linear1, x, shift, scale, *slices, (self.config.mlp_dim, Gelu()))
         attended = attention(*(split_heads(y, self.config) for y in qkv))
         return gated_linear(self.linear2, [attended, hidden], gate, x)

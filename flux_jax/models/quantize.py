@@ -79,6 +79,21 @@ def _absmean(w, _, xp, sums):
 
 
 def _least_squares(w, second_moment, xp, sums):
+    """`ternarize` of rows w float32 [..., n, k] by xp (numpy or jax.numpy), with sums of dtype `sums`. What is named is
+    [..., n, k], too, place t - 1 of a row for its t largest weights.
+
+    falling: sizes |w| in falling order. total: sum of the first t, times the second moments where there are some.
+    count: t, or the sum of their second moments. The error falls by total^2 / count, whose largest place is `best`; at
+    `best`, falling is the threshold and total / count the scale. The row [0.9, -0.1, 0.6, -0.5], without moments:
+
+        t                  1      2      3      4
+        falling          0.9    0.6    0.5    0.1
+        total            0.9    1.5    2.0    2.1
+        total^2 / t     0.81  1.125  1.333  1.103
+
+    t = 3 is best: threshold 0.5, codes [1, 0, 1, -1], scale 2.0 / 3 = 0.667. The sum of squares, 1.43, falls to 0.097.
+    That 0.1 is 0 and 0.5 is not agrees with the rule for this scale, |w| > 0.333.
+    """
     size = xp.abs(w)
     if second_moment is None:
         falling = weighted = xp.flip(xp.sort(size, -1), -1)

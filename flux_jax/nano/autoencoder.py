@@ -12,7 +12,6 @@ import functools
 import io
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from flux_jax.config import VAEConfig, nano
 from flux_jax.io.atomic import write_whole
 from flux_jax.models.params import leaves
 from flux_jax.models.vae import VAE
 from flux_jax.nano.captions import sample
-from flux_jax.nano.runs import RunDirectory
 from flux_jax.nano.scenes import render
+from flux_jax.training import mesh as meshes
+from flux_jax.training import optim
+from flux_jax.training.loop import Trainer
+from flux_jax.training.metrics import Metrics
 
 KL_WEIGHT = 6e-4
 LEARNING_RATE = 5e-3
@@ -58,27 +59,17 @@ def batch(seed: int, step: int, steps: int, size: int) -> np.ndarray:
     return np.stack([x[i : i + CROP, j : j + CROP] for x, (i, j) in zip(images, corners, strict=True)])
 
 
-@functools.cache
 def optimizer(steps: int) -> optax.GradientTransformation:
-    """Muon for convolutions and linears, each a matrix [out, everything else] (arXiv 2502.16982, update sizes matched
-    to AdamW's), Adam for vectors; linear warm-up, then half a cosine down to zero at `steps`. In trials of 300 steps it
-    was where Adam is after 1,200."""
+    """Muon for convolutions and linears, each a matrix [out, everything else], Adam for vectors; linear warm-up, then
+    half a cosine down to zero at `steps`. In trials of 300 steps it was where Adam is after 1,200."""
     matrices = {4: optax.contrib.MuonDimensionNumbers((1, 2, 3), 0), 2: optax.contrib.MuonDimensionNumbers(1, 0)}
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, WARM_UP, max(steps, WARM_UP + 1))
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.contrib.muon(
-            schedule,
-            consistent_rms=0.2,
-            adam_b2=0.99,
-            muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda p: matrices.get(p.ndim), params),
-        ),
-    )
+    return optim.clipped_muon(schedule, lambda leaf: matrices.get(leaf.ndim), adam_b2=0.99)
 
 
 def psnr(mse: Any) -> Any:
     """Decibels of a mean squared error on the [-1, 1] scale, for a peak-to-peak signal of 2."""
-    return 10 * np.log10(4 / mse)
+    return 10 * jnp.log10(4 / mse)
 
 
 def loss_terms(vae: VAE, images: Float[Array, "b h w c"], key: jax.Array) -> tuple[Array, dict[str, Array]]:
@@ -92,18 +83,18 @@ def loss_terms(vae: VAE, images: Float[Array, "b h w c"], key: jax.Array) -> tup
     return loss, {"loss": loss, "mse": mse, "kl": kl}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, state: dict[str, Any], images: Array, key):
-    """One step on state {"params", "optimizer"}; returns the new state and the loss terms."""
+@functools.partial(jax.jit, static_argnames=("graph", "steps", "seed"), donate_argnames="state")
+def update(graph, steps: int, seed: int, state: dict, images: Float[Array, "b h w c"], step: Int[Array, ""]):
+    """(state {"params", "optimizer"}, {"loss", "psnr", "kl"}) after one step of `steps`."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
 
     def loss(params):
         return loss_terms(nnx.merge(graph, params), images, key)
 
-    gradients, terms = jax.grad(loss, has_aux=True)(state["params"])
-    with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an integer power
-        updates, optimizer_state = tx.update(gradients, state["optimizer"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
-    return {"params": params, "optimizer": optimizer_state}, terms
+    gradient, terms = jax.grad(loss, has_aux=True)(state["params"])
+    changes, optimizer_state = optim.descend(optimizer(steps), gradient, state["optimizer"], state["params"])
+    state = {"params": optax.apply_updates(state["params"], changes), "optimizer": optimizer_state}
+    return state, {"loss": terms["loss"], "psnr": psnr(terms["mse"]), "kl": terms["kl"]}
 
 
 def evaluate(vae: VAE, seed: int, size: int) -> dict[str, Any]:
@@ -130,62 +121,26 @@ def evaluate(vae: VAE, seed: int, size: int) -> dict[str, Any]:
     }
 
 
-class Run:
-    """A training with its steps counted: state {"params", "optimizer"}, made from the seed."""
-
-    def __init__(self, config: VAEConfig, size: int, seed: int, steps: int):
-        self.size, self.seed, self.steps = size, seed, steps
-        self.graph, params = nnx.split(VAE(config, rngs=nnx.Rngs(seed)))
-        params = nnx.to_pure_dict(params)
-        self.tx = optimizer(steps)
-        mesh = jax.make_mesh((math.gcd(WHOLE, jax.device_count()),), ("data",), axis_types=(AxisType.Auto,))
-        self.by_picture, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-        state = {"params": params, "optimizer": jax.jit(self.tx.init)(params)}
-        self.state = jax.device_put(state, everywhere)
-
-    def advance(self, step: int) -> dict[str, Array]:
-        """Does step `step`; returns its loss terms, still on their way."""
-        images = jax.device_put(batch(self.seed, step, self.steps, self.size), self.by_picture)
-        key = jax.random.fold_in(jax.random.key(self.seed), step)
-        self.state, terms = train_step(self.graph, self.tx, self.state, images, key)
-        return terms
-
-    def vae(self) -> VAE:
-        return nnx.merge(self.graph, self.state["params"])
-
-
 def train(out: Path, *, steps: int, seed: int, config: VAEConfig | None = None, size: int | None = None) -> None:
     """Runs a training in the folder `out`, or goes on with it; config and size of the pictures are nano's by default.
-    FloatingPointError when the loss is no longer finite."""
+    UserError when a loss is not finite."""
     config, size = config or nano().vae, size or nano().sampling.height
-    run, folder = Run(config, size, seed, steps), RunDirectory(out)
-    run.state, first = folder.restore(run.state)
-    folder.forget_after(first)
-    last, samples = time.monotonic(), 0
-    for step in range(first, steps):
-        terms = run.advance(step)
-        samples += CROPS if step < CROP_SHARE * steps else WHOLE
-        done = step + 1
-        if done % LOG_EVERY == 0 or done == steps:
-            numbers = {name: float(value) for name, value in terms.items()}
-            if not np.isfinite(numbers["loss"]):
-                raise FloatingPointError(f"the loss is {numbers['loss']} at step {done}: lower LEARNING_RATE")
-            folder.log(
-                step=done,
-                loss=round(numbers["loss"], 5),
-                psnr=round(float(psnr(numbers["mse"])), 2),
-                kl=round(numbers["kl"], 4),
-                samples_per_second=round(samples / (time.monotonic() - last), 1),
-            )
-            last, samples = time.monotonic(), 0
-        if done % SAVE_EVERY == 0 or done == steps:
-            folder.save(done, run.state)
-
+    graph, params = nnx.split(VAE(config, rngs=nnx.Rngs(seed)))
+    params = nnx.to_pure_dict(params)
+    mesh = meshes.grid(math.gcd(WHOLE, jax.device_count()))
+    state = jax.device_put({"params": params, "optimizer": jax.jit(optimizer(steps).init)(params)}, meshes.whole(mesh))
+    rows = meshes.by_row(mesh)
+    state = Trainer(out, out.name, Metrics(out), SAVE_EVERY, LOG_EVERY).run(
+        state,
+        lambda state, images, step: update(graph, steps, seed, state, images, step),
+        lambda step, _: jax.device_put(batch(seed, step, steps, size), rows),
+        steps,
+    )
+    vae = nnx.merge(graph, state["params"])
     result = {"config": dataclasses.asdict(config), "size": size, "seed": seed, "steps": steps}
-    result |= {"kl_weight": KL_WEIGHT, "learning_rate": LEARNING_RATE} | evaluate(run.vae(), seed, size)
-    weights = dict(leaves(run.vae()))
+    result |= {"kl_weight": KL_WEIGHT, "learning_rate": LEARNING_RATE} | evaluate(vae, seed, size)
     # pyrefly: ignore[bad-argument-type] - to numpy's annotations any of them could be `allow_pickle`
-    np.savez(packed := io.BytesIO(), **weights)
+    np.savez(packed := io.BytesIO(), **dict(leaves(vae)))
     write_whole(out / "vae.npz", packed.getvalue(), overwrite=True)
     write_whole(out / "vae.json", json.dumps(result, indent=1).encode(), overwrite=True)
     print(f"held-out PSNR {result['psnr']:.2f} dB, latents {result['latent_mean']:.4f} +- {result['latent_std']:.4f}")

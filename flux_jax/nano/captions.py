@@ -33,14 +33,9 @@ from itertools import permutations, product
 
 import numpy as np
 
-from flux_jax.nano.scenes import COLORS, SHAPES, USUAL_COLORS, Scene, paint, place
+from flux_jax.nano.scenes import COLORS, SHAPES, USUAL_COLORS, Place, Scene, paint, place
 
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ")
-COUNTS = {"two": 2, "three": 3, "four": 4}
-RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-EVALUATION = {  # GenEval's numbers of captions, 553 in all
+EVALUATION = {  # GenEval's tags, and its numbers of prompts
     "single_object": 80,
     "two_object": 99,
     "counting": 80,
@@ -48,6 +43,12 @@ EVALUATION = {  # GenEval's numbers of captions, 553 in all
     "position": 100,
     "color_attr": 100,
 }
+EVALUATION_COUNT = sum(EVALUATION.values())  # 553
+TAGS = tuple(EVALUATION)
+PREFIXES = ("", "a photo of ", "a picture of ", "a drawing of ", "an image of ", "a painting of ")
+COUNTS = {"two": 2, "three": 3, "four": 4}
+RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 WEIGHTS = dict(zip(TAGS, (0.13, 0.17, 0.20, 0.17, 0.14, 0.19), strict=True))  # of the tags in training
 
 MEANINGS = (len(SHAPES) + 1, len(COLORS) + 1, max(COUNTS.values()) + 1, len(RELATIONS) + 1)  # answers of `meaning`
@@ -276,8 +277,8 @@ def scene_for(rng: np.random.Generator, caption: Caption, split: str = "train") 
             return paint(rng, looks, boxes)
 
 
-def _clear(relation: str, first: tuple[float, float, float], second: tuple[float, float, float]) -> bool:
-    across, down = first[0] - second[0], first[1] - second[1]
+def _clear(relation: str, first: Place, second: Place) -> bool:
+    across, down = first.x - second.x, first.y - second.y
     major, minor = (across, down) if relation in ("left of", "right of") else (down, across)
     return (major < 0) == (relation in ("left of", "above")) and abs(major) >= 2 * abs(minor)
 
@@ -314,7 +315,7 @@ def _wordings(tag: str, objects: tuple[Spec, ...], relation: str | None) -> list
 
 @cache
 def evaluation_captions() -> tuple[Caption, ...]:
-    """The 553 captions of the evaluation, all different, in GenEval's proportions, tag by tag. All but single_object's
+    """The captions of the evaluation, all different, in GenEval's proportions, tag by tag. All but single_object's
     are held out. Few combinations are unseen where there are few in all (8 pairs, 3 couples of shapes, 18 numbers), so
     they come in several wordings each."""
     chosen: list[Caption] = []

@@ -14,7 +14,7 @@ HEAD = """\
 # FLUX-nano
 
 A small FLUX: the classes, files and converter of FLUX.1-dev, a few million parameters, pictures of coloured shapes.
-Trained in this repository from rendered scenes alone (`flux_jax/nano/world.py`), by `python -m flux_jax.nano.train`.
+Trained in this repository from rendered scenes alone (`flux_jax/nano/scenes.py`), by `python -m flux_jax.nano.train`.
 It exists to try every part of the software on any machine and to measure what a change of the weights does to
 pictures, with a judge that knows the renderer. It knows {words} words, six shapes and eight colours, and nothing else.
 
@@ -87,9 +87,7 @@ def scores(evaluation: Path | None) -> list[str]:
     if evaluation is None:
         return []
     if not (evaluation / "summary.json").exists():
-        raise UserError(
-            f"{evaluation} holds no finished evaluation: run python -m flux_jax.evaluate nano --out {evaluation} first."
-        )
+        raise UserError(f"{evaluation} holds no finished evaluation: evaluate the model into that folder first.")
     summary = read(evaluation / "summary.json")
     sampling = ", ".join(f"{key} {value}" for key, value in summary["sampling"].items())
     count = sum(tag["count"] for tag in summary["tags"].values())

@@ -23,7 +23,7 @@ from flux_jax.sampling.schedule import pack_latents
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """tokens float16 [n, i, c] (packed latents), layout uint8 [n, i, s] (what covers each token's square of the
-    picture, `world.layout`), meaning int8 [n, 2, 4] (`captions.meaning`), t5 int32 [n, t], clip int32 [n, p];
+    picture, `scenes.layout`), meaning int8 [n, 2, 4] (`captions.meaning`), t5 int32 [n, t], clip int32 [n, p];
     `empty_*`: ids of no prompt."""
 
     tokens: np.ndarray

@@ -37,7 +37,7 @@ def load_vae(folder: Path) -> tuple[FluxConfig, VAE]:
     """The trained autoencoder (float32), and nano's config with the shift and scale that give its latents mean 0 and
     standard deviation 1. UserError without a finished VAE in `folder`."""
     if not (folder / "vae.npz").exists():
-        raise UserError(f"{folder} has no finished VAE: run python -m flux_jax.nano.train vae --run {folder.parent}")
+        raise UserError(f"{folder} has no finished VAE: phase vae of flux_jax.nano.train comes first.")
     about = json.loads((folder / "vae.json").read_text())
     config = nano()
     scale = {"scaling_factor": round(1 / about["latent_std"], 4), "shift_factor": round(about["latent_mean"], 4)}
@@ -50,19 +50,15 @@ def load_vae(folder: Path) -> tuple[FluxConfig, VAE]:
 
 def trained(run: Path, phase: str, config: FluxConfig) -> Any:
     """A finished phase's averaged networks: `text.Readers` or `flow.Networks`. UserError before the phase has saved."""
-    from flux_jax.nano import flow, text
-    from flux_jax.nano.training import Recipe, Trainer
+    from flux_jax.nano import flow, text, training
 
     if phase == "text":
         networks = text.Readers(config, text.noun_ids(tokenizers(run, config)), nnx.Rngs(0))
     else:
         networks = flow.Networks(config, nnx.Rngs(0))
-    trainer = Trainer(run / phase, Recipe(), networks)
-    if trainer.step == 0:
-        raise UserError(
-            f"{run / phase} holds no training: run python -m flux_jax.nano.train {phase} --run {run} first."
-        )
-    return trainer.averaged()
+    if (found := training.averaged(run / phase, networks)) is None:
+        raise UserError(f"{run / phase} holds no training: phase {phase} of flux_jax.nano.train comes first.")
+    return found
 
 
 def tokenizers(run: Path, config: FluxConfig) -> Tokenizers:
@@ -89,7 +85,12 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
     tokenizers(run, config)
     phase = "guidance" if (run / "guidance").exists() else "flow"
     networks, encoders = trained(run, phase, config), trained(run, "text", config).encoders
-    text = card(run, evaluation)
+    files = {
+        f"training/{name}/{file}": (run / name / file).read_bytes()
+        for name in ("vae", "text", "flow", "guidance")
+        for file in ("metrics.jsonl", "curve.png", "vae.json", "understood.json", "recipe.json")
+        if (run / name / file).exists()
+    }
     components = {"transformer": networks.transformer, "t5": encoders.t5, "clip": encoders.clip, "vae": vae}
     components = {name: jax.tree.map(lambda x: x.astype(jnp.bfloat16), module) for name, module in components.items()}
     writer.save(
@@ -100,13 +101,8 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
         overwrite=overwrite,
         source={"from": f"flux_jax.nano.train, phase {phase}", "sha256": digests(components)},
         licence=LICENCE,
+        files=files | card_files(card(run, evaluation), evaluation),
     )
-    for name in ("vae", "text", "flow", "guidance"):
-        for file in ("metrics.jsonl", "curve.png", "vae.json", "understood.json", "recipe.json"):
-            if (run / name / file).exists():
-                (out / "training" / name).mkdir(parents=True, exist_ok=True)
-                shutil.copy(run / name / file, out / "training" / name / file)
-    finish(out, text, evaluation)
 
 
 def export_student(student: Path, out: Path, evaluation: Path | None = None, overwrite: bool = False) -> None:
@@ -117,21 +113,23 @@ def export_student(student: Path, out: Path, evaluation: Path | None = None, ove
     if not (quantization and quantization["distilled"]):
         raise UserError(f"{student} is no student of flux_jax.distill.")
     if out.exists() and not (overwrite and checkpoint.is_checkpoint(out)):
-        raise UserError(f"{out} exists already: choose another name, or give --overwrite to replace a checkpoint.")
+        raise UserError(f"{out} exists already: choose another name, or give overwrite=True to replace a checkpoint.")
     working = atomic.working_name(out)
     atomic.begin(working)
     try:
         shutil.copytree(stored.directory, working, dirs_exist_ok=True)
-        finish(working, student_card(quantization, evaluation), evaluation)
+        for name, content in card_files(student_card(quantization, evaluation), evaluation).items():
+            (working / name).write_bytes(content)
+        checksums.write(working)
         atomic.publish(working, out)
     finally:
         shutil.rmtree(working, ignore_errors=True)
 
 
-def finish(out: Path, text: str, evaluation: Path | None) -> None:
-    """Puts card, score and sheet into the checkpoint, and its sums last."""
-    (out / "README.md").write_text(text)
+def card_files(text: str, evaluation: Path | None) -> dict[str, bytes]:
+    """Card, score and sheet, by their names in the checkpoint."""
+    files = {"README.md": text.encode()}
     if evaluation is not None:
-        shutil.copy(evaluation / "sheet.png", out / "sheet.png")
-        shutil.copy(evaluation / "summary.json", out / "training" / "summary.json")
-    checksums.write(out)
+        files["sheet.png"] = (evaluation / "sheet.png").read_bytes()
+        files["training/summary.json"] = (evaluation / "summary.json").read_bytes()
+    return files

@@ -17,11 +17,13 @@ As in GenEval, objects beyond the named ones do no harm except in counting; `Ver
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
 
 from flux_jax.nano.captions import Caption
+from flux_jax.nano.relations import Box, relations
 from flux_jax.nano.scenes import BACKGROUNDS, COLORS, SHAPES, coverage
 
 MAX_COLOR_ERROR = 46.0  # RGB distance of an object from its palette colour (jitter makes up to 17)
@@ -31,20 +33,27 @@ MIN_PLAIN = 0.8  # share of the border that must be background
 SPECK = 0.003  # patches smaller than this share of the picture are overlooked; the smallest object takes four times it
 MIN_OVERLAP = 0.88  # soft intersection over union of a mask and its fitted shape
 MIN_LEAD = 0.03  # by which the best shape must overlap better than the second best
-POSITION_THRESHOLD = 0.1  # GenEval's
 
 SOFTNESS = (1.0, 2.0, 3.0)  # pixels: edges from the renderer's own to those of a blurred picture
-
-Fit = tuple[float, float, float, float, str]  # overlap, x, y, size, shape
 
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 _NAMES = tuple(COLORS)
 _TONES = np.array(BACKGROUNDS, np.float32)
 
 
+class Fit(NamedTuple):
+    """A shape laid over a mask; the better of two is the larger."""
+
+    overlap: float
+    x: float
+    y: float
+    size: float
+    shape: str
+
+
 @dataclass(frozen=True)
 class Found:
-    """An object as read: x, y, size as in `world.Object` (units of the picture's width); `confidence`: the overlap."""
+    """An object as read: x, y, size as in `scenes.Object` (units of the picture's width); `confidence`: the overlap."""
 
     shape: str
     color: str
@@ -52,6 +61,10 @@ class Found:
     y: float
     size: float
     confidence: float
+
+    @property
+    def box(self) -> Box:
+        return self.x - self.size, self.y - self.size, self.x + self.size, self.y + self.size
 
 
 @dataclass(frozen=True)
@@ -160,16 +173,17 @@ def _overlap(mask: np.ndarray, shape: str, x: float, y: float, size: float, soft
 
 def _fit(mask: np.ndarray, shape: str, x: float, y: float, size: float) -> Fit:
     """The best fit of a shape near a first guess, by a search that halves its steps; then with the edge that suits."""
-    best = (_overlap(mask, shape, x, y, size), x, y, size, shape)
+    best = Fit(_overlap(mask, shape, x, y, size), x, y, size, shape)
     step = 0.12 * size
     while step > 0.25 / mask.shape[0]:
         before = best
         for change in ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)):
-            x, y, size = (value + step * way for value, way in zip(best[1:4], change, strict=True))
-            best = max(best, (_overlap(mask, shape, x, y, size), x, y, size, shape))
+            x, y, size = (value + step * way for value, way in zip((best.x, best.y, best.size), change, strict=True))
+            best = max(best, Fit(_overlap(mask, shape, x, y, size), x, y, size, shape))
         if best == before:
             step /= 2
-    return max(_overlap(mask, shape, *best[1:4], softness) for softness in SOFTNESS), *best[1:]
+    overlap = max(_overlap(mask, shape, best.x, best.y, best.size, softness) for softness in SOFTNESS)
+    return best._replace(overlap=overlap)
 
 
 def _recognise(mask: np.ndarray, color: str) -> Found | str:
@@ -180,16 +194,16 @@ def _recognise(mask: np.ndarray, color: str) -> Found | str:
     guesses = []
     for shape in SHAPES:
         size = float(np.sqrt(mask.sum() / _UNIT_AREA[shape])) / side
-        guesses.append((_overlap(mask, shape, x, y, size), x, y, size, shape))
+        guesses.append(Fit(_overlap(mask, shape, x, y, size), x, y, size, shape))
     guesses.sort(reverse=True)
-    likely = [guess for i, guess in enumerate(guesses) if i < 2 or guess[0] > guesses[1][0] - 0.1]
-    best, second = sorted((_fit(mask, *guess[4:], *guess[1:4]) for guess in likely), reverse=True)[:2]
-    overlap, x, y, size, shape = best
-    if overlap < MIN_OVERLAP:
-        return f"{color} patch of no known shape (nearest: {shape}, overlap {overlap:.2f})"
-    if overlap - second[0] < MIN_LEAD:
-        return f"{color} patch between {shape} and {second[4]}"
-    return Found(shape, color, x, y, size, overlap)
+    likely = [guess for i, guess in enumerate(guesses) if i < 2 or guess.overlap > guesses[1].overlap - 0.1]
+    fits = (_fit(mask, guess.shape, guess.x, guess.y, guess.size) for guess in likely)
+    best, second = sorted(fits, reverse=True)[:2]
+    if best.overlap < MIN_OVERLAP:
+        return f"{color} patch of no known shape (nearest: {best.shape}, overlap {best.overlap:.2f})"
+    if best.overlap - second.overlap < MIN_LEAD:
+        return f"{color} patch between {best.shape} and {second.shape}"
+    return Found(best.shape, color, best.x, best.y, best.size, best.overlap)
 
 
 def score(image: np.ndarray, caption: Caption) -> Verdict:
@@ -218,20 +232,9 @@ def contradiction(objects: tuple[Found, ...], caption: Caption) -> str:
             wrong = next(thing for thing in same_shape if thing not in matching)
             return f"{spec.shape} is {wrong.color} instead of {spec.color}"
         named.append(matching[0])
-    if caption.relation and caption.relation not in relations(*named):
+    if caption.relation and caption.relation not in relations(named[0].box, named[1].box):
         return f"{named[0].shape} is not {caption.relation} {named[1].shape}"
     return ""
-
-
-def relations(first: Found, second: Found) -> set[str]:
-    """The relations (keys of captions.RELATIONS) of the first object to the second, by GenEval's rule: from the offset
-    of the centres a tenth of the boxes' summed sides is taken off along each axis; what remains must be more than half
-    of the offset's length. Boxes are the squares of side 2 * size."""
-    offset = np.array([first.x - second.x, first.y - second.y])
-    slack = POSITION_THRESHOLD * 2 * (first.size + second.size)
-    across, down = np.sign(offset) * np.maximum(np.abs(offset) - slack, 0) / max(float(np.linalg.norm(offset)), 1e-6)
-    named = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
-    return {name for name, holds in named.items() if holds}
 
 
 # The area of each shape of size 1

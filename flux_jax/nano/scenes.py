@@ -7,6 +7,7 @@ under a millisecond at 128 x 128.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -57,6 +58,14 @@ class Object:
     y: float
     size: float
     tint: Tint = (0.0, 0.0, 0.0)
+
+
+class Place(NamedTuple):
+    """Where an object stands, in the units of `Object`."""
+
+    x: float
+    y: float
+    size: float
 
 
 @dataclass(frozen=True)
@@ -166,24 +175,22 @@ def layout(scene: Scene, cells: int, size: int = 128) -> np.ndarray:
     return np.rint(255 * np.minimum(share, 1)).astype(np.uint8).reshape(-1, len(names))
 
 
-def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """Draws `count` (1 to 4) boxes (x, y, size) inside the picture, at least GAP apart: sizes range by SIZES, centres
+def place(rng: np.random.Generator, count: int) -> list[Place]:
+    """Draws `count` (1 to 4) boxes inside the picture, at least GAP apart: sizes range by SIZES, centres
     lie within PLACE_JITTER of the crossings of a grid of PITCH."""
     while True:
-        boxes: list[tuple[float, float, float]] = []
+        boxes: list[Place] = []
         sizes = rng.uniform(*SIZES[count], 64)
         centres = PITCH * rng.integers(1, round(1 / PITCH), (64, 2)) + rng.uniform(-PLACE_JITTER, PLACE_JITTER, (64, 2))
         inside = np.minimum(centres, 1 - centres).min(1) >= sizes + GAP
         for x, y, size in np.column_stack([centres, sizes])[inside].tolist():
             if all(max(abs(x - u), abs(y - v)) >= size + s + GAP for u, v, s in boxes):
-                boxes.append((x, y, size))
+                boxes.append(Place(x, y, size))
                 if len(boxes) == count:
                     return boxes
 
 
-def paint(
-    rng: np.random.Generator, looks: Sequence[tuple[str, str]], boxes: Sequence[tuple[float, float, float]]
-) -> Scene:
+def paint(rng: np.random.Generator, looks: Sequence[tuple[str, str]], boxes: Sequence[Place]) -> Scene:
     """A scene of shapes and colours `looks` in `boxes`, with a random background and jittered tints."""
     tints = rng.uniform(-COLOR_JITTER, COLOR_JITTER, (len(looks), 3)).tolist()
     objects = tuple(
@@ -199,14 +206,3 @@ def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
     names = tuple(COLORS)
     looks = [(SHAPES[rng.integers(len(SHAPES))], names[rng.integers(len(names))]) for _ in range(count)]
     return paint(rng, looks, place(rng, count))
-
-
-def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures [h, w, 3] of one size, side by side with a white line of 4 pixels between: uint8 [H, W, 3]."""
-    height, width = images[0].shape[:2]
-    rows = -(-len(images) // columns)
-    sheet = np.full((rows * (height + 4) - 4, columns * (width + 4) - 4, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = (i // columns) * (height + 4), (i % columns) * (width + 4)
-        sheet[top : top + height, left : left + width] = image
-    return sheet

@@ -23,9 +23,10 @@ from flux_jax.io.atomic import write_whole
 from flux_jax.models.clip import CLIPText
 from flux_jax.models.layers import Linear
 from flux_jax.models.t5 import T5Encoder
+from flux_jax.nano import training
 from flux_jax.nano.captions import MEANINGS, NOUNS, evaluation_captions, meaning
 from flux_jax.nano.dataset import Dataset
-from flux_jax.nano.training import Recipe, Trainer
+from flux_jax.nano.training import Recipe
 from flux_jax.training.mixed_precision import use_mixed_products
 
 
@@ -98,7 +99,7 @@ def understood(readers: Readers, tokenizers: Tokenizers) -> dict[str, float]:
 
 def train(folder: Path, config: FluxConfig, recipe: Recipe, dataset: Dataset, tokenizers: Tokenizers) -> None:
     """Trains both encoders in `folder`, and writes `understood.json` there."""
-    trainer = Trainer(folder, recipe, Readers(config, noun_ids(tokenizers), nnx.Rngs(recipe.seed)))
-    shares = understood(trainer.run(dataset, ReadingLoss()), tokenizers)
+    readers = Readers(config, noun_ids(tokenizers), nnx.Rngs(recipe.seed))
+    shares = understood(training.train(folder, recipe, readers, dataset, ReadingLoss()), tokenizers)
     write_whole(folder / "understood.json", (json.dumps(shares) + "\n").encode(), overwrite=True)
     print(f"held-out captions whose whole meaning is read: {shares}")

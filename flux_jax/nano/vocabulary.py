@@ -9,13 +9,16 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flux_jax.checkpoints.tokenizers import END, START, clip_tokenizer, t5_tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from flux_jax.checkpoints.tokenizers import END
 from flux_jax.config import FluxConfig, nano
 
+START = "<|startoftext|>"
 SPACE = "\u2581"
 PRINTABLE = [chr(code) for code in range(33, 127)]
 WORD_SCORE, CHARACTER_SCORE = -4.0, -12.0  # log probabilities: a word as a whole always beats its spelling
@@ -53,6 +56,57 @@ def _write_clip(folder: Path, words: list[str], config: FluxConfig) -> None:
     _write_json(folder / "vocab.json", vocab)
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def clip_tokenizer(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> Tokenizer:
+    """CLIP's byte-level BPE (Radford et al. 2021) from its table of tokens and its ordered list of merges.
+
+    Text is brought to NFC, white space collapsed, lower-cased, and split into runs of letters, single digits and runs
+    of other marks; the last piece of each run carries "</w>". The two special tokens are looked for in the raw text.
+    """
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    special = "|".join(token.replace("|", r"\|") for token in (START, END))
+    tokenizer = Tokenizer(
+        models.BPE(
+            dict(vocab),
+            list(merges),
+            unk_token=END,
+            fuse_unk=False,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(f"{special}|{words}"), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (START, END)])
+    end, start = (END, vocab[END]), (START, vocab[START])
+    tokenizer.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    return tokenizer
+
+
+def t5_tokenizer(vocab: Sequence[tuple[str, float]]) -> Tokenizer:
+    """T5's Unigram tokenizer (Kudo 2018) from (piece, log probability), in the order of ids; ids 0 to 2 are special.
+
+    Words are split at white space and marked with a leading U+2581; </s> closes the sequence.
+    """
+    tokenizer = Tokenizer(models.Unigram(list(vocab), unk_id=2, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always", split=True)]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always", split=True)
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece, _ in vocab[:3]])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", 1)]
+    )
+    return tokenizer
 
 
 def byte_pieces() -> list[str]:
@@ -101,7 +155,7 @@ def _check_size(name: str, size: int, limit: int) -> None:
         raise ValueError(f"{size} {name} tokens do not fit into a vocabulary of {limit}: use fewer words")
 
 
-def _write(folder: Path, tokenizer, roles: dict[str, str], settings: dict[str, Any]) -> None:
+def _write(folder: Path, tokenizer: Tokenizer, roles: dict[str, str], settings: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     _write_json(folder / "special_tokens_map.json", roles)

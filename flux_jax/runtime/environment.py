@@ -21,7 +21,8 @@ def version() -> str:
 
 
 def set_environment(device: str | None) -> None:
-    """What JAX reads when it is imported, so it must be set before. The user's own values win, except for --device."""
+    """What JAX reads when it is imported, so it must be set before. The user's own values win, but for the
+    device that is asked for."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the rest of the GPU to others
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory.FRACTION))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

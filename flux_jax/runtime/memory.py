@@ -1,7 +1,7 @@
 """How much memory a device has, and what to do when it is not enough.
 
-In: a device of JAX, or an error. Out: bytes; or the sentence that names the stage that ran out of memory and the flags
-that make it fit.
+In: a device of JAX, or an error. Out: bytes; or the sentence that names the stage that ran out of memory and the
+arguments that make it fit.
 """
 
 from pathlib import Path
@@ -44,23 +44,23 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
 
 
-def exhausted(doing: str, flags: list[str]) -> UserError:
-    """The sentence for a device that ran out of memory while `doing` something; `flags` that would have helped."""
-    remedy = " or ".join([*flags, "a GPU with more memory"])
+def exhausted(doing: str, remedies: list[str]) -> UserError:
+    """The sentence for a device that ran out of memory while `doing` something; `remedies` that would have helped."""
+    remedy = " or ".join([*remedies, "a GPU with more memory"])
     return UserError(f"Out of memory while {doing}; try {remedy}.", 4)
 
 
-def flags_for(stage: str, offload: str, vae_tiling: str) -> list[str]:
-    """Flags that lower a stage's peak and are not in use yet, the strongest first."""
-    flags = []
+def remedies(stage: str, offload: str, vae_tiling: str) -> list[str]:
+    """Arguments that lower a stage's peak and are not in use yet, the strongest first."""
+    found = []
     if stage == "text" and offload != "layers":
-        flags.append("--offload layers")
+        found.append('offload="layers"')
     if stage != "text" and offload == "none":
-        flags.append("--offload model")
+        found.append('offload="model"')
     if stage == "decode" and vae_tiling != "on":
-        flags.insert(0, "--vae-tiling on")
+        found.insert(0, 'vae_tiling="on"')
     if stage == "denoise":
-        flags.append("a ternary checkpoint")
+        found.append("a ternary checkpoint")
     if stage != "text":
-        flags.append("a smaller --size")
-    return flags
+        found.append("a smaller size")
+    return found

@@ -1,58 +1,83 @@
 """How a pipeline's programs run: each stage timed, its weights where they are needed, its memory kept down as asked.
 
 In: modules of a pipeline, token ids, latents [i, c]. Out: text [1, t, d] and pooled [1, p], pixels [h, w, 3], the
-seconds of each stage. A stage that runs out of memory says so in one sentence, with the flag that helps.
+seconds of each stage. A stage that runs out of memory says so in one sentence, with the argument that helps.
 """
 
+import contextlib
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from flux_jax.errors import UserError
 from flux_jax.models.params import placement_of
 from flux_jax.models.vae_tiling import STRIP_BYTES
 from flux_jax.runtime import memory
 from flux_jax.sampling import offload, programs
 
+STAGES = ("compile", "text", "denoise", "decode")
+
 
 class StageExecutor:
-    """One call of a pipeline. `seconds`: by stage, compilation apart, and the number of steps.
+    """One call of a pipeline. `seconds`: by stage, compilation apart; `steps`: how many were run.
 
-    offloading: a mode of `flux_jax.sampling.offload`. vae_tiling: decode in strips "on", "off", or "auto", where whole
+    offloading: one of `validation.OFFLOAD_MODES`. vae_tiling: decode in strips "on", "off", or "auto", where whole
     pictures would not fit into the device's free memory.
     """
 
     def __init__(self, offloading: str = "none", vae_tiling: str = "auto"):
         self.offloading, self.vae_tiling = offloading, vae_tiling
-        self.seconds = dict.fromkeys(("compile", "text", "denoise", "decode", "steps"), 0.0)
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.steps = 0
         self.device = placement_of(None, "", ())
 
-    def run(self, stage: str, program: Any, *args):
-        """What `program` returns. One made by jax.jit is compiled ahead of its call, which then finds it ready.
-        UserError with exit code 4 where it runs out of memory."""
+    def timings(self) -> dict[str, float]:
+        return {**self.seconds, "steps": float(self.steps)}
+
+    def run(self, stage: str, program: Any, *args: Any, **static: Any) -> Any:
+        """What `program` returns; `static`: its static arguments."""
+        return self.prepare(stage, program, *args, **static)(*args)
+
+    def prepare(self, stage: str, program: Any, *args: Any, **static: Any) -> Callable[..., Any]:
+        """The program, compiled for these arguments where jax.jit made it, as a function of like ones: each call is
+        waited for and timed. UserError with exit code 4 where it runs out of memory, or would."""
+        if hasattr(program, "lower"):
+            with self._watched(stage), self._timed("compile"):
+                call = program.lower(*args, **static).compile()
+            if short := self.shortage(call):
+                raise self._exhausted(stage, short)
+        else:
+            call = functools.partial(program, **static)
+
+        def run(*args: Any) -> Any:
+            with self._watched(stage), self._timed(stage):
+                return jax.block_until_ready(call(*args))
+
+        return run
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def _watched(self, stage: str) -> Iterator[None]:
         try:
-            if hasattr(program, "lower") and (short := self.shortage(self.compile(program, *args))):
-                raise MemoryError(short)
-            start = time.perf_counter()
-            result = jax.block_until_ready(program(*args))
+            yield
         except (MemoryError, RuntimeError) as error:
             if not memory.is_exhausted(error):
                 raise
-            flags = memory.flags_for(stage, self.offloading, self.vae_tiling)
-            reason = str(error) if isinstance(error, MemoryError) else ""
-            raise memory.exhausted(memory.STAGES[stage] + reason, flags) from error
-        self.seconds[stage] += time.perf_counter() - start
-        return result
+            raise self._exhausted(stage) from error
 
-    def compile(self, program: Any, *args) -> jax.stages.Compiled:
-        """The program that `program`, made by jax.jit, runs for these arguments."""
-        start = time.perf_counter()
-        compiled = program.lower(*args).compile()
-        self.seconds["compile"] += time.perf_counter() - start
-        return compiled
+    def _exhausted(self, stage: str, needed: str = "") -> UserError:
+        remedies = memory.remedies(stage, self.offloading, self.vae_tiling)
+        return memory.exhausted(memory.STAGES[stage] + needed, remedies)
 
     def shortage(self, compiled: jax.stages.Compiled) -> str:
         """What a program needs beside its arguments and what is free on the device, in words; "" where that is enough.
@@ -63,27 +88,31 @@ class StageExecutor:
         needed = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         return "" if needed <= free else f" ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)"
 
-    def lend(self, module: nnx.Module) -> nnx.Module:
+    def on_device(self, module: nnx.Module) -> nnx.Module:
         """A component where programs run: there for good, or until the last reference to what is returned has gone."""
-        return module if self.offloading == "none" else offload.lend(module, self.device)
+        return module if self.offloading == "none" else offload.on_device(module, self.device)
 
     def encode(
         self, t5: nnx.Module, clip: nnx.Module, t5_ids: Sequence[np.ndarray], clip_ids: Sequence[np.ndarray]
     ) -> list[tuple[jax.Array, jax.Array]]:
         """(text [1, t, d], pooled [1, p]) of each prompt, from its ids int32 [1, t] and [1, p]."""
         if self.offloading != "layers":
-            t5, clip = self.lend(t5), self.lend(clip)
+            t5, clip = self.on_device(t5), self.on_device(clip)
             return [self.run("text", programs.encode, t5, clip, *ids) for ids in zip(t5_ids, clip_ids, strict=True)]
         texts = self.run("text", offload.encode_by_layers, t5, t5_ids, self.device)
-        clip = self.lend(clip)
+        clip = self.on_device(clip)
         return [(text, self.run("text", programs.pool, clip, ids)) for text, ids in zip(texts, clip_ids, strict=True)]
 
-    def decode(self, vae: nnx.Module, drawn: Sequence[jax.Array], rows: int, columns: int) -> list[np.ndarray]:
+    def decode(
+        self, vae: nnx.Module, drawn: Sequence[jax.Array | np.ndarray], rows: int, columns: int
+    ) -> list[np.ndarray]:
         """Pixels float32 [h, w, 3] of each picture's latents [i, c]."""
-        vae = self.lend(vae)
+        vae, sizes = self.on_device(vae), {"rows": rows, "columns": columns}
         strips = STRIP_BYTES if self.vae_tiling == "on" else None
         if self.vae_tiling == "auto":
-            whole = self.compile(programs.decode, vae, drawn[0], rows, columns, None)
+            with self._timed("compile"):
+                whole = programs.decode.lower(vae, drawn[0], **sizes, strip_bytes=None).compile()
             if self.shortage(whole):
                 strips = STRIP_BYTES
-        return [np.asarray(self.run("decode", programs.decode, vae, x, rows, columns, strips)) for x in drawn]
+        how = sizes | {"strip_bytes": strips}
+        return [np.asarray(self.run("decode", programs.decode, vae, x, **how)) for x in drawn]

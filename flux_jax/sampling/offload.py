@@ -1,7 +1,7 @@
 """A model larger than its device: components wait in the host's memory and are on the device only while they work.
 
 In: modules whose weights lie on the host (`host()`, JAX's CPU device), and a device. Out: the same module on the
-device (`lend`), or, for T5, the text itself, computed with one layer on the device at a time (`encode_by_layers`).
+device (`on_device`), or, for T5, the text itself, computed with one layer on the device at a time (`encode_by_layers`).
 Whoever borrows a module keeps no reference to it: its memory is free as soon as the last one is gone.
 """
 
@@ -25,12 +25,10 @@ def host() -> SingleDeviceSharding:
     try:
         return SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     except RuntimeError as error:
-        raise UserError(
-            "--offload keeps weights on the CPU, which JAX_PLATFORMS excludes: add ',cpu' to it."
-        ) from error
+        raise UserError("offload keeps weights on the CPU, which JAX_PLATFORMS excludes: add ',cpu' to it.") from error
 
 
-def lend(module: Module, device: Any) -> Module:
+def on_device(module: Module, device: Any) -> Module:
     """The module on a device (or in a sharding); itself where it is there already."""
     return jax.device_put(module, device)
 
@@ -62,4 +60,4 @@ def encode_by_layers(t5: T5Encoder, ids: Sequence[np.ndarray], device: Any) -> l
         # Waited for: copies run ahead of the computation, and would bring further layers before this one has gone.
         texts = jax.block_until_ready([layer(weights, text, bias) for text in texts])
         del weights
-    return [_normed(lend(t5.final_norm, device), text) for text in texts]
+    return [_normed(on_device(t5.final_norm, device), text) for text in texts]

@@ -1,15 +1,15 @@
 """From prompts to pictures: `FluxPipeline` holds the components of a model and runs the programs of
-`flux_jax.sampling.programs` in order.
+`flux_jax.sampling.programs` in order: encode, prior, sample, decode.
 
 In: prompts (or text [b, t, d] and pooled [b, p]), a size in pixels, seeds (or noise [b, i, c]). Out: pictures, the
-seed behind each, and where the time went. Names of arguments are those of diffusers' FluxPipeline, so that code ports
-by changing an import.
+seed behind each, and where the time went; or one denoising step after the other. Names of arguments are those of
+diffusers' FluxPipeline, so that code ports by changing an import.
 """
 
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh
 
-from flux_jax import validation
 from flux_jax.checkpoints.checkpoint import DEFAULT_MODEL, Checkpoint
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import FluxConfig, TransformerConfig
@@ -31,6 +30,8 @@ from flux_jax.runtime.environment import resolve_dtype
 from flux_jax.sampling import programs, schedule, tensor_parallel
 from flux_jax.sampling.executor import StageExecutor
 from flux_jax.sampling.offload import host
+from flux_jax.sampling.request import SamplingRequest
+from flux_jax.sampling.sampler import Sampler, Step
 
 Callback = Callable[["FluxPipeline", int, float, dict[str, np.ndarray]], dict[str, Any] | None]
 
@@ -62,9 +63,9 @@ class FluxPipeline:
         vae_tiling: str = "auto",
         mesh: Mesh | None = None,
     ):
-        """offload: a mode of `flux_jax.sampling.offload`, for modules that lie on the host. vae_tiling: as in
+        """offload: one of `validation.OFFLOAD_MODES`, for modules that lie on the host. vae_tiling: as in
         `StageExecutor`. mesh: of a transformer that `flux_jax.sampling.tensor_parallel` loaded."""
-        self.spread = None if mesh is None else tensor_parallel.ShardedSampler(transformer, mesh)
+        self.sharded = None if mesh is None else tensor_parallel.ShardedSampler(transformer, mesh)
         self.offload, self.vae_tiling = offload, vae_tiling
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.transformer, self.vae, self.t5, self.clip, self.tokenizers = transformer, vae, t5, clip, tokenizers
@@ -73,24 +74,31 @@ class FluxPipeline:
 
     @classmethod
     def from_pretrained(
+        cls, path_or_alias: str | Path = DEFAULT_MODEL, *, activations: str | None = None, **how: Any
+    ) -> "FluxPipeline":
+        """A checkpoint's folder, or an alias of `flux_jax.checkpoints.checkpoint`. activations: what ternary weights
+        are multiplied with, "bf16" (the activations as they are) or "int8"; None: as the checkpoint says. how: dtype,
+        mesh, offload and vae_tiling of `from_checkpoint`. Raises UserError for what is no readable checkpoint, or has
+        no ternary weights to choose activations for, and where the device is too small for it."""
+        return cls.from_checkpoint(Checkpoint.open(path_or_alias).using(activations), **how)
+
+    @classmethod
+    def from_checkpoint(
         cls,
-        path_or_alias: str | Path = DEFAULT_MODEL,
+        stored: Checkpoint,
+        *,
         dtype: Any = "auto",
         mesh: Mesh | None = None,
         offload: str = "none",
         vae_tiling: str = "auto",
-        activations: str | None = None,
     ) -> "FluxPipeline":
-        """A checkpoint's folder, or an alias of `flux_jax.checkpoints.checkpoint`. dtype: of weights and activations;
-        "auto" is bfloat16 on a GPU and float32 on a CPU, where it is both faster and exact. mesh: the transformer is
-        split over it, see `flux_jax.sampling.tensor_parallel`; other components are on one device of each process.
-        offload, vae_tiling: how to save the device's memory, see `__init__`. activations: what ternary weights are
-        multiplied with, "bf16" (the activations as they are) or "int8"; None: as the checkpoint says. Raises UserError
-        for what is no readable checkpoint, or has no ternary weights to choose activations for, and where the device is
-        too small for it."""
-        stored, dtype = Checkpoint.open(path_or_alias).using(activations), resolve_dtype(dtype)
+        """An opened checkpoint's components, loaded. dtype: of weights and activations; "auto" is bfloat16 on a GPU and
+        float32 on a CPU, where it is both faster and exact. mesh: the transformer is split over it, see
+        `flux_jax.sampling.tensor_parallel`; other components are on one device of each process. offload, vae_tiling:
+        how to save the device's memory, see `__init__`. UserError where something is damaged or too large."""
+        dtype = resolve_dtype(dtype)
         if stored.quantization is not None and not stored.quantization["distilled"]:
-            warnings.warn(f"The weights of {path_or_alias} were rounded, not distilled: expect noise.", stacklevel=2)
+            warnings.warn(f"The weights of {stored.directory} were rounded, not distilled: expect noise.", stacklevel=3)
         tokenizers = Tokenizers.load(stored.tokenizers, stored.config)
         place, components = None if offload == "none" else host(), {}
         for component in COMPONENTS:
@@ -102,37 +110,10 @@ class FluxPipeline:
             except (MemoryError, RuntimeError) as error:
                 if not memory.is_exhausted(error):
                     raise
-                flags = ["--offload layers"] if offload == "none" else []
-                raise memory.exhausted(f"loading the {component}", flags) from error
-        memory_flags = {"offload": offload, "vae_tiling": vae_tiling}
-        return cls(stored.config, tokenizers=tokenizers, dtype=dtype, mesh=mesh, **memory_flags, **components)
-
-    def free_encoders(self) -> None:
-        """Drops T5 and CLIP from memory. Prompts of the last call, and embeddings given as arguments, still work."""
-        self.t5 = self.clip = None
-
-    def encode_prompt(self, prompt: str, max_sequence_length: int | None = None) -> tuple[jax.Array, jax.Array]:
-        """text [1, t, d] and pooled [1, p] of one prompt; UserError when it is needed and the encoders were freed."""
-        length = max_sequence_length or self.config.sampling.max_sequence_length
-        return self._encode(StageExecutor(self.offload, self.vae_tiling), [prompt], length)[0]
-
-    def _encode(self, stages: StageExecutor, prompts: list[str], length: int) -> list[tuple[jax.Array, jax.Array]]:
-        """(text [1, t, d], pooled [1, p]) of each prompt; those of the last call are not computed again."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, length) not in self._encoded]
-        known = {prompt: self._encoded[prompt, length] for prompt in prompts if prompt not in new}
-        if new:
-            if self.t5 is None or self.clip is None or self.tokenizers is None:
-                raise UserError(
-                    "The text encoders were freed; pass prompt_embeds and pooled_prompt_embeds, or load the model anew."
-                )
-            for prompt in new:
-                if notice := self.tokenizers.truncation_warning(prompt, length):
-                    warnings.warn(notice, stacklevel=5)
-            t5_ids = [self.tokenizers.t5([prompt], length) for prompt in new]
-            clip_ids = [self.tokenizers.clip([prompt]) for prompt in new]
-            pairs = stages.encode(self.t5, self.clip, t5_ids, clip_ids)
-            known |= dict(zip(new, pairs, strict=True))
-        return [known[prompt] for prompt in prompts]
+                remedies = ['offload="layers"'] if offload == "none" else []
+                raise memory.exhausted(f"loading the {component}", remedies) from error
+        how = {"dtype": dtype, "mesh": mesh, "offload": offload, "vae_tiling": vae_tiling}
+        return cls(stored.config, tokenizers=tokenizers, **how, **components)
 
     def __call__(
         self,
@@ -155,183 +136,168 @@ class FluxPipeline:
         """Draws `num_images_per_prompt` pictures of each prompt; what is None is the model's own default.
 
         seed: picture i of the call uses seed + i, alone or in any batch (None: drawn at random); a list has the seed
-        of each. latents: noise
-        float32 [b, i, c] instead of it. prompt_embeds [b, t, d] with pooled_prompt_embeds [b, p]: instead of prompts.
-        true_cfg_scale above 1: classifier-free guidance against `negative_prompt` ("" where None), at twice the time.
-        callback_on_step_end(pipe, step, timestep in (0, 1000], {"latents", "denoised"}: numpy float32 [1, i, c]) runs
-        after each step of each picture; it may return {"latents": ...} to go on from, or set `pipe.interrupt`.
-        Raises UserError for input that cannot be drawn, and for latents that stop being finite.
+        of each. latents: noise float32 [b, i, c] instead of it. prompt_embeds [b, t, d] with pooled_prompt_embeds
+        [b, p]: instead of prompts. true_cfg_scale above 1: classifier-free guidance against `negative_prompt` ("" where
+        None), at twice the time. callback_on_step_end(pipe, step, timestep in (0, 1000], {"latents", "denoised"}: numpy
+        float32 [1, i, c]) runs after each step of each picture; it may return {"latents": ...} to go on from, or set
+        `pipe.interrupt`. Raises UserError for input that cannot be drawn, and for latents that stop being finite.
         """
-        stages, defaults = StageExecutor(self.offload, self.vae_tiling), self.config.sampling
-        guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
-        height, width, steps, length = (
-            default if value is None else value
-            for value, default in (
-                (height, defaults.height),
-                (width, defaults.width),
-                (num_inference_steps, defaults.num_inference_steps),
-                (max_sequence_length, defaults.max_sequence_length),
-            )
+        request = SamplingRequest.checked(
+            self.config,
+            prompt=prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt=negative_prompt,
+            true_cfg_scale=true_cfg_scale,
+            max_sequence_length=max_sequence_length,
         )
-        validation.check_numbers(
-            self.config, steps=steps, guidance=guidance, true_cfg=true_cfg_scale, max_sequence_length=length
-        )
-        height, width, notices = validation.fit_size(self.config, height, width)
-        for notice in notices:
+        for notice in request.notices:
             warnings.warn(notice, stacklevel=2)
+        return self.draw(request, output_type=output_type, callback_on_step_end=callback_on_step_end)
+
+    def draw(
+        self, request: SamplingRequest, *, output_type: str = "pil", callback_on_step_end: Callback | None = None
+    ) -> Output:
+        """The same for a request that was checked already."""
         if output_type not in ("pil", "np", "latent"):
             raise UserError(f'output_type must be "pil", "np" or "latent", not {output_type!r}.')
         self.interrupt = False
+        executor = StageExecutor(self.offload, self.vae_tiling)
+        conditions = self._encode(executor, request)
+        noise = self._prior(executor, request)
+        sampler = self._sampler(executor, request, noise, conditions)
+        listened = callback_on_step_end is not None
+        drawn = self._listened(sampler.steps(), callback_on_step_end) if listened else sampler.latents()
+        images = self._decode(executor, drawn, request.height, request.width, output_type)
+        return Output(images, list(request.seeds[: len(drawn)]), executor.timings())
 
-        conditions = self._conditions(
-            stages, prompt, prompt_embeds, pooled_prompt_embeds, negative_prompt, true_cfg_scale, length
-        )
-        if num_images_per_prompt < 1:
-            raise UserError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}.")
-        conditions = [c for c in conditions for _ in range(num_images_per_prompt)]
-        seeds = validation.seeds_of(seed, len(conditions))
+    def stream(self, prompt: str | Sequence[str] | None = None, **arguments: Any) -> Iterator[Step]:
+        """The steps of each picture in turn, as they are computed; arguments as those of a call that speak of pictures.
+        The last step's latents are the picture's, bit for bit. Whoever leaves the loop computes no further step;
+        `send(latents)` goes on from others. `decode` makes a picture of any step's latents or estimate."""
+        request = SamplingRequest.checked(self.config, prompt=prompt, **arguments)
+        for notice in request.notices:
+            warnings.warn(notice, stacklevel=2)
+        executor = StageExecutor(self.offload, self.vae_tiling)
+        conditions = self._encode(executor, request)
+        yield from self._sampler(executor, request, self._prior(executor, request), conditions).steps()
 
-        rows, columns = height // self.config.pixels_per_token, width // self.config.pixels_per_token
-        noise = self._given_noise(latents, len(conditions), rows, columns)
-        sigmas = schedule.sigmas(defaults, steps, rows * columns)
-        if noise is None:
-            size = rows, columns, self.config.vae.latent_channels
-            noise = [stages.run("denoise", programs.noise, np.uint32(each), *size) for each in seeds]
-        scales = jnp.asarray(guidance, jnp.float32), jnp.asarray(true_cfg_scale, jnp.float32)
-        steering = [
-            programs.Conditions(text, pooled, *scales, self._rope(rows, columns, text.shape[1]))
-            for text, pooled in conditions
-        ]
-        drawn = self._draw(stages, noise, sigmas, steering, callback_on_step_end, seeds)
-        if output_type != "latent":
-            drawn = stages.decode(self.vae, drawn, rows, columns)
-        stacked = np.stack(drawn)
-        if output_type == "pil":
-            stacked = png.to_pil((stacked * 255).round().astype(np.uint8))
-        return Output(stacked, seeds[: len(drawn)], stages.seconds)
-
-    def _conditions(
-        self, stages, prompt, embeds, pooled, negative, true_cfg, length
-    ) -> list[tuple[jax.Array, jax.Array]]:
-        """(text [k, t, d], pooled [k, p]) for each prompt, encoding each distinct one once."""
-        if (prompt is None) == (embeds is None) or (embeds is None) != (pooled is None):
-            raise UserError("Pass either a prompt, or both prompt_embeds and pooled_prompt_embeds.")
-        if negative is not None and true_cfg == 1:
-            warnings.warn("negative_prompt has no effect while true_cfg_scale is 1; try 3 (2x slower).", stacklevel=3)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        count = len(prompts) if embeds is None else len(embeds)
-        negatives = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
-        if len(negatives) != count or count == 0:
+    def decode(
+        self, latents: Any, height: int | None = None, width: int | None = None, *, output_type: str = "pil"
+    ) -> Any:
+        """Pictures of latents float32 [b, i, c], as `Output.images`; height and width in pixels (None: the model's own
+        defaults)."""
+        defaults = self.config.sampling
+        size = defaults.height if height is None else height, defaults.width if width is None else width
+        tokens = size[0] * size[1] // self.config.pixels_per_token**2
+        if np.ndim(latents) != 3 or np.shape(latents)[1] != tokens:
             raise UserError(
-                f"{count} prompts and {len(negatives)} negative prompts; pass one for each, or one for all."
+                f"latents must be packed tokens [b, {tokens}, c] for {size[1]}x{size[0]} pixels, "
+                f"not {list(np.shape(latents))}; pass their height and width."
             )
-        wanted = [validation.check_prompt(p) for p in prompts] + (negatives if true_cfg > 1 else [])
-        encoded = self._encode(stages, wanted, length)
-        self._encoded = {(p, length): pair for p, pair in zip(wanted, encoded, strict=True)}
-        if embeds is None:
-            pairs = [self._encoded[p, length] for p in prompts]
+        return self._decode(StageExecutor(self.offload, self.vae_tiling), list(latents), *size, output_type)
+
+    def free_encoders(self) -> None:
+        """Drops T5 and CLIP from memory. Prompts of the last call, and embeddings given as arguments, still work."""
+        self.t5 = self.clip = None
+
+    def encode_prompt(self, prompt: str, max_sequence_length: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """text [1, t, d] and pooled [1, p] of one prompt; UserError when it is needed and the encoders were freed."""
+        length = max_sequence_length or self.config.sampling.max_sequence_length
+        return self._embed(StageExecutor(self.offload, self.vae_tiling), [prompt], length)[prompt, length]
+
+    def _embed(
+        self, executor: StageExecutor, prompts: Sequence[str], length: int
+    ) -> dict[tuple[str, int], tuple[jax.Array, jax.Array]]:
+        """(prompt, length) -> (text [1, t, d], pooled [1, p]); those of the last call are not computed again."""
+        known = {(each, length): self._encoded[each, length] for each in prompts if (each, length) in self._encoded}
+        new = [each for each in dict.fromkeys(prompts) if (each, length) not in known]
+        if not new:
+            return known
+        if self.t5 is None or self.clip is None or self.tokenizers is None:
+            raise UserError(
+                "The text encoders were freed; pass prompt_embeds and pooled_prompt_embeds, or load the model anew."
+            )
+        for each in new:
+            if notice := self.tokenizers.truncation_warning(each, length):
+                warnings.warn(notice, stacklevel=5)
+        t5_ids = [self.tokenizers.t5([each], length) for each in new]
+        clip_ids = [self.tokenizers.clip([each]) for each in new]
+        pairs = executor.encode(self.t5, self.clip, t5_ids, clip_ids)
+        return known | {(each, length): pair for each, pair in zip(new, pairs, strict=True)}
+
+    def _encode(self, executor: StageExecutor, request: SamplingRequest) -> list[programs.Conditions]:
+        """What steers each picture: text [k, t, d] and pooled [k, p] of its prompt and, with true guidance, of its
+        negative prompt; each different prompt is encoded once."""
+        length, negatives = request.max_sequence_length, request.negative_prompts
+        if wanted := [*request.prompts, *negatives]:
+            self._encoded = self._embed(executor, wanted, length)
+        if request.embeddings is None:
+            pairs = [self._encoded[each, length] for each in request.prompts]
         else:
-            texts, pools = jnp.asarray(embeds, self.dtype), jnp.asarray(pooled, self.dtype)
-            dims = self.config.transformer
-            if texts.ndim != 3 or pools.shape != (count, dims.pooled_dim) or texts.shape[2] != dims.text_dim:
-                raise UserError(
-                    f"prompt_embeds must be [b, t, {dims.text_dim}] and pooled_prompt_embeds [b, {dims.pooled_dim}], "
-                    f"not {list(texts.shape)} and {list(pools.shape)}."
-                )
-            pairs = [(texts[i : i + 1], pools[i : i + 1]) for i in range(count)]
-        if true_cfg > 1:
-            against = [self._encoded[n, length] for n in negatives]
-            pairs = [
-                (jnp.concatenate([text, no_text]), jnp.concatenate([pool, no_pool]))
-                for (text, pool), (no_text, no_pool) in zip(pairs, against, strict=True)
-            ]
-        return pairs
+            texts, pools = (jnp.asarray(each, self.dtype) for each in request.embeddings)
+            each = len(request.seeds) // len(texts)
+            pairs = [(texts[i : i + 1], pools[i : i + 1]) for i in range(len(texts)) for _ in range(each)]
+        if negatives:
+            against = [self._encoded[each, length] for each in negatives]
+            pairs = [tuple(map(jnp.concatenate, zip(*each, strict=True))) for each in zip(pairs, against, strict=True)]
+        scales = jnp.asarray(request.guidance, jnp.float32), jnp.asarray(request.true_cfg, jnp.float32)
+        grid = self._grid(request.height, request.width)
+        return [
+            programs.Conditions(text, pooled, *scales, _rope(self.config.transformer, *grid, text.shape[1]))
+            for text, pooled in pairs
+        ]
 
-    def _draw(
-        self, stages: StageExecutor, noise, sigmas, steering, callback: Callback | None, seeds: list[int]
-    ) -> list[Any]:
-        """Latents [i, c] of each picture, up to an interruption: one after the other, or as many as the mesh takes."""
-        drawn: list[Any] = []
-        if self.spread is None:
-            transformer = stages.lend(self.transformer)
-            for x, conditions, seed in zip(noise, steering, seeds, strict=True):
-                drawn.append(self._denoise(stages, transformer, x, sigmas, conditions, callback, seed))
-                if self.interrupt:
-                    break
-            return drawn
-        if callback is not None:
-            raise UserError("callback_on_step_end needs a model on one device; leave out the mesh.")
-        steps, width = len(sigmas) - 1, self.spread.width
-        for i in range(0, len(seeds), width):
-            group = slice(i, i + width)
-            latents, finite = self.spread.draw(stages.run, noise[group], sigmas, steering[group])
-            stages.seconds["steps"] += steps
-            for each, seed in zip(finite, seeds[group], strict=True):
-                if not each.all():
-                    self._not_finite(int(each.argmin()), steps, seed)
-            drawn += latents
-        return drawn
+    def _prior(self, executor: StageExecutor, request: SamplingRequest) -> Any:
+        """Noise [i, c] of each picture: what was given, or what its seed gives."""
+        if request.latents is not None:
+            return list(request.latents)
+        rows, columns = self._grid(request.height, request.width)
+        size = {"rows": rows, "columns": columns, "channels": self.config.vae.latent_channels}
+        return [executor.run("denoise", programs.noise, np.uint32(seed), **size) for seed in request.seeds]
 
-    def _denoise(self, stages, transformer, x, sigmas, conditions, callback: Callback | None, seed: int) -> jax.Array:
-        """Noise [i, c] -> latents [i, c]: one program, or the same step driven from here when somebody listens."""
-        steps = len(sigmas) - 1
-        if callback is None:
-            x, finite = stages.run("denoise", programs.denoise, transformer, x, sigmas, conditions)
-            stages.seconds["steps"] += steps
-            if not (finite := np.asarray(finite)).all():
-                self._not_finite(int(finite.argmin()), steps, seed)
-            return x
-        modulation = stages.run("denoise", programs.modulations, transformer, sigmas, conditions)
-        # Where the step's result will lie: arrays that are placed otherwise would compile the step a second time.
-        place = replicated(transformer)
-        x = jax.device_put(x, place)
-        for i in range(steps):
-            x, denoised, finite = stages.run(
-                "denoise", programs.step, transformer, x, sigmas, conditions, modulation, np.int32(i)
-            )
-            stages.seconds["steps"] += 1
-            if not finite:
-                self._not_finite(i, steps, seed)
-            # A copy of x: the next step takes over its memory, and the callback may keep what it was given.
-            tensors = {"latents": np.array(x)[None], "denoised": np.asarray(denoised)[None]}
-            changed = callback(self, i, 1000 * float(sigmas[i]), tensors)
-            if changed and "latents" in changed:
-                x = jax.device_put(np.array(changed["latents"], np.float32).reshape(x.shape), place)
+    def _sampler(self, executor: StageExecutor, request: SamplingRequest, noise: Sequence[Any], conditions) -> Sampler:
+        rows, columns = self._grid(request.height, request.width)
+        sigmas = schedule.sigmas(self.config.sampling, request.steps, rows * columns)
+        return Sampler(executor, self.transformer, self.sharded, sigmas, noise, conditions, request.seeds, self.dtype)
+
+    def _listened(self, steps: Generator[Step, Any, None], callback: Callback) -> list[np.ndarray]:
+        """The last latents [i, c] of each picture, after the callback has heard of every step."""
+        drawn: dict[int, np.ndarray] = {}
+        step = next(steps, None)
+        while step is not None:
+            drawn[step.image] = step.latents[0]
+            tensors = {"latents": step.latents, "denoised": step.denoised}
+            changed = (callback(self, step.index, 1000 * step.sigma_before, tensors) or {}).get("latents")
+            if changed is not None:
+                drawn[step.image] = np.array(changed, np.float32).reshape(step.latents.shape)[0]
             if self.interrupt:
                 break
-        return x
+            try:
+                step = steps.send(changed)
+            except StopIteration:
+                break
+        return list(drawn.values())
 
-    def _not_finite(self, i: int, steps: int, seed: int):
-        hint = (
-            "the checkpoint's weights may be damaged"
-            if self.dtype == jnp.float32
-            else "try dtype float32, or another seed"
-        )
-        raise UserError(
-            f"Step {i + 1} of {steps} gave latents that are not finite (seed {seed}, {self.dtype}); {hint}."
-        )
+    def _decode(self, executor: StageExecutor, drawn: Sequence[Any], height: int, width: int, output_type: str) -> Any:
+        """Latents [i, c] of pictures in the form asked for."""
+        if output_type != "latent":
+            drawn = executor.decode(self.vae, drawn, *self._grid(height, width))
+        stacked = np.stack(drawn)
+        return png.to_pil((stacked * 255).round().astype(np.uint8)) if output_type == "pil" else stacked
 
-    def _given_noise(self, latents, count: int, rows: int, columns: int) -> np.ndarray | None:
-        if latents is None:
-            return None
-        noise = np.asarray(latents, np.float32)
-        shape = (count, rows * columns, self.config.transformer.in_channels)
-        if noise.shape != shape:
-            raise UserError(
-                f"latents must be packed tokens {list(shape)} (pictures, tokens, channels), not {list(noise.shape)}."
-            )
-        return noise
-
-    def _rope(self, rows: int, columns: int, text_tokens: int) -> jax.Array:
-        return _rope(self.config.transformer, rows, columns, text_tokens)
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        return height // self.config.pixels_per_token, width // self.config.pixels_per_token
 
 
 @functools.lru_cache(maxsize=4)
 def _rope(config: TransformerConfig, rows: int, columns: int, text_tokens: int) -> jax.Array:
     return jax.device_put(schedule.rope_table(config, rows, columns, text_tokens))
-
-
-def replicated(module: nnx.Module) -> Sharding:
-    """The sharding of an array that lies whole on every device that the module's weights lie on."""
-    sharding = jax.tree.leaves(module)[0].sharding
-    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding

@@ -2,7 +2,7 @@
 
 In: a model's configuration and form, a size, and a device: the one that is present, or a name of
 `flux_jax.runtime.aot`. Out: for each stage its weights, those of other components that lie on the device meanwhile, and
-the memory of its program, as XLA compiled it for that device; whether it fits, and if not, the flags that make it.
+the memory of its program, as XLA compiled it for that device; whether it fits, and if not, the arguments that make it.
 Pictures are drawn one at a time: a batch takes no more. Not counted: what the driver keeps for itself.
 """
 
@@ -74,7 +74,7 @@ class Planner:
             self.device, self.capacity = target.kind, int(memory.FRACTION * target.memory_bytes)
 
     def stages(self, offloading: str = "none", vae_tiling: str = "off") -> list[StageMemory]:
-        """Each stage's bytes, with the two flags of `flux_jax.generate`."""
+        """Each stage's bytes, with the pipeline's two arguments for less memory."""
         size = {component: nbytes(self.model.component(component)) for component in COMPONENTS}
         layers = offloading == "layers"
         needed = {
@@ -95,19 +95,19 @@ class Planner:
         return self.capacity is None or all(stage.total <= self.capacity for stage in stages)
 
     def remedy(self) -> str | None:
-        """The flags that make the model fit, the cheapest that do; None where none does."""
+        """The pipeline's arguments that make the model fit, the cheapest that do; None where none does."""
         for offloading, vae_tiling in REMEDIES:
             if self.fits(self.stages(offloading, vae_tiling)):
-                flags = [] if offloading == "none" else [f"--offload {offloading}"]
-                return " ".join(flags + (["--vae-tiling on"] if vae_tiling == "on" else []))
+                arguments = [] if offloading == "none" else [f'offload="{offloading}"']
+                return " ".join(arguments + (['vae_tiling="on"'] if vae_tiling == "on" else []))
         return None
 
     def last_resort(self) -> str:
-        """What helps a model that no flag for one device makes fit."""
-        smaller = "choose a smaller --size"
+        """What helps a model that no argument for one device makes fit."""
+        smaller = "choose a smaller size"
         if self.model.activations is None:
             smaller = "choose a ternary checkpoint"
-        return f"{smaller}, or split the transformer over several devices with --mesh model=N"
+        return f"{smaller}, or split the transformer over several devices, with a mesh of model=N"
 
     @functools.cache  # noqa: B019 - a planner lives as long as its answers are wanted
     def text(self) -> int:
@@ -128,16 +128,9 @@ class Planner:
     @functools.cache  # noqa: B019
     def denoise(self) -> int:
         """The same for all steps."""
-        config, dtype, tokens = self.model.config.transformer, self.model.dtype, self.rows * self.columns
-        conditions = programs.Conditions(
-            text=self.array(1, self.length, config.text_dim, dtype=dtype),
-            pooled=self.array(1, config.pooled_dim, dtype=dtype),
-            guidance=self.array(),
-            true_cfg=self.array(),
-            rope=self.array(2, self.length + tokens, config.head_dim // 2),
-        )
-        x, sigmas = self.array(tokens, config.in_channels), self.array(self.steps + 1)
-        return self.program(programs.denoise, self.model.component("transformer"), x, sigmas, conditions)
+        config, tokens = self.model.config.transformer, self.rows * self.columns
+        inputs = programs.abstract_inputs(config, self.steps, tokens, self.length, self.model.dtype)
+        return self.program(programs.denoise, self.model.component("transformer"), *inputs)
 
     @functools.cache  # noqa: B019
     def decode(self, strip_bytes: int | None) -> int:
@@ -177,7 +170,7 @@ def describe(planner: Planner, offloading: str, vae_tiling: str) -> tuple[str, d
     elif remedy:
         lines.append(f"It does not fit; it does with {remedy}.")
     else:
-        lines.append(f"It does not fit, and no flag for one device makes it; {planner.last_resort()}.")
+        lines.append(f"It does not fit, and nothing makes it on one device; {planner.last_resort()}.")
     rows = [dataclasses.asdict(stage) | {"total": stage.total} for stage in stages]
     return "\n".join(lines), {
         "device": planner.device,

@@ -13,13 +13,14 @@ persistent cache. A caller that wants each step drives `step`, the body of `deno
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from flux_jax.config import TransformerConfig
 from flux_jax.models.transformer import Modulation, Transformer
 from flux_jax.models.vae import VAE
 from flux_jax.sampling.schedule import initial_noise, pack_latents, unpack_latents
@@ -33,6 +34,25 @@ class Conditions(NamedTuple):
     guidance: Float[Array, ""]
     true_cfg: Float[Array, ""]
     rope: Float[Array, "2 t+i half"]
+
+
+def abstract_inputs(
+    config: TransformerConfig, steps: int, image_tokens: int, text_tokens: int, dtype: Any
+) -> tuple[Any, Any, Conditions]:
+    """Latents, sigmas and conditions that `denoise` takes for one picture, with shapes for arrays. dtype: of the
+    text."""
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    conditions = Conditions(
+        text=array(1, text_tokens, config.text_dim, dtype=dtype),
+        pooled=array(1, config.pooled_dim, dtype=dtype),
+        guidance=array(),
+        true_cfg=array(),
+        rope=array(2, text_tokens + image_tokens, config.head_dim // 2),
+    )
+    return array(image_tokens, config.in_channels), array(steps + 1), conditions
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "columns", "channels"))

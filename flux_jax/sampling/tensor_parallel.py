@@ -10,7 +10,7 @@ weight ever leaves its device. Modulation is split by rows, computed before the 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,14 +40,14 @@ def make_mesh(shape: dict[str, int], config: TransformerConfig) -> Mesh:
     """All devices, of all processes, as a mesh. UserError where their number, or the model's heads, do not fit."""
     count, devices = shape["data"] * shape["model"], jax.device_count()
     if count != devices:
-        raise UserError(f"--mesh has {count} places and JAX finds {devices} devices; the two must be equal.")
+        raise UserError(f"The mesh has {count} places and JAX finds {devices} devices; the two must be equal.")
     check_heads(config, shape["model"])
     return jax.make_mesh((shape["data"], shape["model"]), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def check_heads(config: TransformerConfig, model: int) -> None:
     if config.num_heads % model:
-        raise UserError(f"--mesh model={model} does not divide the transformer's {config.num_heads} heads.")
+        raise UserError(f"A mesh with model={model} does not divide the transformer's {config.num_heads} heads.")
 
 
 def partition_spec(path: str) -> PartitionSpec:
@@ -75,7 +75,8 @@ def fused_sections(config: TransformerConfig, model: int, path: str) -> tuple[in
         return (d, d, d, config.mlp_dim) if layer == "linear1" else (d, d, d)
     if kind == "packed" and layer in ROW_PARALLEL and d % (model * TILE):
         raise UserError(
-            f"--mesh model={model}: ternary weights are split in tiles of {TILE}, and {d} / {model} is no multiple."
+            f"A mesh with model={model} does not fit: ternary weights are split in tiles of {TILE}, and "
+            f"{d} / {model} is no multiple."
         )
     if layer != "linear2" or kind not in ("weight", "packed"):
         return ()
@@ -175,9 +176,18 @@ class ShardedSampler:
             one, mesh=mesh, in_specs=(weights, each, same, each), out_specs=(each, each), check_vma=False
         )
         # Whole on every device: each process can read all pictures.
-        self.denoise = jax.jit(spread, out_shardings=NamedSharding(mesh, same))
+        self.program = jax.jit(spread, out_shardings=NamedSharding(mesh, same))
 
-    def place(self, pictures: Sequence[Any]) -> Any:
+    def arguments(
+        self, latents: Sequence[Any], sigmas: np.ndarray, conditions: Sequence[programs.Conditions]
+    ) -> tuple[Any, ...]:
+        """Of `program`, for up to `width` pictures; it gives latents [width, i, c] and whether each step was finite.
+        Places without a picture draw the last one again."""
+        fill = self.width - len(latents)
+        x, steering = ([*items, *[items[-1]] * fill] for items in (latents, conditions))
+        return self.leaves, self._placed(x), sigmas, self._placed(steering)
+
+    def _placed(self, pictures: Sequence[Any]) -> Any:
         """Arrays, or trees of them, of `width` pictures, stacked and put each where it is drawn."""
 
         def put(*arrays: Any) -> jax.Array:
@@ -186,14 +196,3 @@ class ShardedSampler:
             return jax.make_array_from_callback(stacked.shape, where, stacked.__getitem__)
 
         return jax.tree.map(put, *pictures)
-
-    def draw(
-        self, run: Callable, latents: Sequence[Any], sigmas: np.ndarray, conditions: Sequence[programs.Conditions]
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Final latents [i, c] of up to `width` pictures, and whether each step was finite. run: as
-        `StageExecutor.run`."""
-        fill = self.width - len(latents)  # places without a picture draw the last one again
-        x, steering = ([*items, *[items[-1]] * fill] for items in (latents, conditions))
-        drawn, finite = run("denoise", self.denoise, self.leaves, self.place(x), sigmas, self.place(steering))
-        count = len(latents)
-        return list(np.asarray(drawn)[:count]), list(np.asarray(finite)[:count])

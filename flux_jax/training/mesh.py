@@ -1,4 +1,4 @@
-"""Where the arrays of a distillation lie: batches over all devices, parameters cut over one axis of the mesh.
+"""Where the arrays of a training lie: batches over all devices, parameters cut over one axis of the mesh.
 
 In: the words of `--mesh`, such as "data=2,fsdp=4", and trees of arrays. Out: a mesh with the axes (data, fsdp), and
 the same trees on its devices. A batch is cut along its first axis over both mesh axes; a parameter along the largest
@@ -19,21 +19,28 @@ AXES = ("data", "fsdp")
 
 
 def make(words: str | None, batches: dict[str, int]) -> Mesh:
-    """The mesh of `words` (None: all devices along `data`). batches: flag -> its number of rows, which the mesh must
+    """The mesh of `words` (None: all devices along `data`). batches: option -> its number of rows, which the mesh must
     divide. UserError where it does not, or where there are fewer or more devices."""
     sizes = {"data": jax.device_count(), "fsdp": 1} if words is None else {"data": 1, "fsdp": 1}
     for word in words.split(",") if words else []:
         name, _, size = word.partition("=")
         if name not in AXES or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--mesh must read such as data=2,fsdp=4, not {words!r}.")
+            raise UserError(f'mesh="{words}" must read such as data=2,fsdp=4.')
         sizes[name] = int(size)
     devices = math.prod(sizes.values())
     if devices != jax.device_count():
-        raise UserError(f"--mesh {words} needs {devices} devices, and there are {jax.device_count()}.")
-    for flag, rows in batches.items():
+        raise UserError(f'mesh="{words}" needs {devices} devices, and there are {jax.device_count()}.')
+    for name, rows in batches.items():
         if rows % devices:
-            raise UserError(f"{flag} {rows} cannot be divided over {devices} devices: choose a multiple, or --mesh.")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 2)
+            raise UserError(
+                f"{rows} rows of {name} cannot be divided over {devices} devices: choose a multiple, or a mesh."
+            )
+    return grid(sizes["data"], sizes["fsdp"])
+
+
+def grid(data: int, fsdp: int = 1) -> Mesh:
+    """The first data * fsdp devices."""
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def whole(mesh: Mesh) -> NamedSharding:

@@ -1,9 +1,10 @@
-"""The numbers of a run: a JSON object a line, and the same as a picture.
+"""The numbers of a training: a JSON object a line, and the same as a picture.
 
-In: numbers by phase and step. Out: `FOLDER/metrics.jsonl` and, where matplotlib is installed, `FOLDER/curve.png`. A run
-that goes on after a kill writes the lines behind its last checkpoint again. Only the leading process writes.
+In: numbers by phase and step. Out: `FOLDER/metrics.jsonl` and, where matplotlib is installed, `FOLDER/curve.png`. A
+training that goes on after a kill writes the lines behind its last checkpoint again. Only the leading process writes.
 """
 
+import io
 import json
 import math
 import time
@@ -14,12 +15,14 @@ import jax
 
 from flux_jax.io.atomic import write_whole
 
+LEGEND = 12  # curves of a panel that have a legend; of more it would hide them
+
 
 class Metrics:
-    """`metrics.jsonl` of one run."""
+    """`metrics.jsonl` of one run. A phase's name may have two words: the panel of its curve, and the curve's."""
 
     def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / "metrics.jsonl"
+        self.path, self.curve = folder / "metrics.jsonl", folder / "curve.png"
 
     def rows(self) -> list[dict[str, Any]]:
         """All lines; half a line, left by a kill, is none."""
@@ -46,27 +49,28 @@ class Metrics:
                 stream.write(json.dumps(clean | {"time": stamp}) + "\n")
 
     def plot(self) -> None:
-        """Losses over steps, a line for each block and phase; held-out losses over the phases behind them."""
+        """Losses over steps, or over `after` where lines have that: a panel for each kind of phase."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
             return
-        rows = [row for row in self.rows() if row.get("loss") is not None]
-        phases = list(dict.fromkeys(row["phase"] for row in rows))
-        blocks = [phase for phase in phases if phase.startswith("blockwise ")]
-        groups = {"blockwise": blocks, "end_to_end": ["end_to_end", "settle"], "held_out": ["held_out"]}
-        shown = {title: names for title, names in groups.items() if set(names) & set(phases)}
-        if jax.process_index() > 0 or not shown:
+        curves: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows():
+            if row.get("loss") is not None:
+                curves.setdefault(row["phase"], []).append(row)
+        panels = list(dict.fromkeys(phase.split()[0] for phase in curves))
+        if jax.process_index() > 0 or not panels:
             return
-        figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
-        for axes, (title, names) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
-            for name in names:
-                chosen = [row for row in rows if row["phase"] == name]
-                places = [row.get("after", row["step"]) for row in chosen]
-                label = name.removeprefix("blockwise ")
-                axes.plot(places, [row["loss"] for row in chosen], marker="o" * (title == "held_out"), label=label)
-            axes.set(title=title, ylabel="loss", yscale="log", xlabel="after" if title == "held_out" else "step")
+        figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            shown = {phase: rows for phase, rows in curves.items() if phase.split()[0] == panel}
+            over = "after" if any("after" in rows[0] for rows in shown.values()) else "step"
+            for phase, rows in shown.items():
+                places, losses = [row[over] for row in rows], [row["loss"] for row in rows]
+                axes.plot(places, losses, marker="o" * (over == "after"), label=phase.removeprefix(f"{panel} "))
+            axes.set(title=panel, ylabel="loss", yscale="log", xlabel=over)
             axes.grid(alpha=0.3)
-            if title != "held_out" and len(names) <= 12:
+            if 1 < len(shown) <= LEGEND:
                 axes.legend(fontsize=7)
-        figure.savefig(self.folder / "curve.png", dpi=100)
+        figure.savefig(picture := io.BytesIO(), format="png", dpi=100)
+        write_whole(self.curve, picture.getvalue(), overwrite=True)

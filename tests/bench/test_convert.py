@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PEAK = 2e9  # bytes: the goal
 
@@ -20,6 +22,7 @@ def start(folder: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_row_for_each_format_and_form(tmp_path):
     out, err = start(tmp_path).communicate(timeout=600)
     rows = json.loads(out.splitlines()[-1])["figures"]["rows"]

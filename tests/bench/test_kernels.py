@@ -1,6 +1,7 @@
 """`python -m bench.kernels` at sizes that say nothing of speed: every result is a row, and what is wrong is found."""
 
 import json
+import sys
 
 import pytest
 
@@ -18,7 +19,7 @@ def last_line(capsys) -> dict:
 
 
 def test_a_users_mistake_is_one_sentence_and_a_status(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["bench.kernels", "--tiny", "--shapes", "128x128", "7x7"])
+    monkeypatch.setattr(sys, "argv", ["bench.kernels", "--tiny", "--shapes", "128x128", "7x7"])
     assert report.run(kernels.main) == 2
     known = ", ".join(f"{n}x{k}" for n, k in products.shapes(nano()))
     assert capsys.readouterr().err == f"--shapes must name some of {known}, not 7x7.\n"

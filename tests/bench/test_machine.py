@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -28,7 +29,8 @@ def test_versions_host_device_and_what_is_absent_are_rows(capsys, monkeypatch, t
 
 def test_the_card_is_told_by_name(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: "nvidia-smi")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, SAID, ""))
+    said = SimpleNamespace(run=lambda *_, **__: subprocess.CompletedProcess([], 0, SAID, ""))
+    monkeypatch.setattr(machine, "subprocess", said)  # and not for everyone
     found = machine.card()
     assert found["name"] == "NVIDIA H100 80GB HBM3" and found["power.limit"] == "700.00 W"
     assert found["temperature.gpu"] == "31"

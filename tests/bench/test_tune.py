@@ -11,7 +11,7 @@ from bench.journal import Journal
 from bench.products import Product, model_products
 from flux_jax.config import dev
 from flux_jax.errors import UserError
-from pallas_kernels import LAYOUT_VERSION, Target, compiling_for
+from pallas_kernels import LAYOUT_VERSION, Target, compiling_for, tiling
 from pallas_kernels.tiling import TileConfig, choose_tiles, read_table
 
 H100 = Target("gpu", "9.0", "NVIDIA H100 80GB HBM3")
@@ -77,7 +77,7 @@ def test_tuning_writes_a_table_that_the_kernels_read(capsys, tmp_path, monkeypat
     tune.main(words)  # what is in the table already is not tried again
     assert table.read_text() == before and len(journal.read(rows)) == 3
 
-    monkeypatch.setattr("pallas_kernels.tiling.table_path", lambda _: table)
+    monkeypatch.setattr(tiling, "table_path", lambda _: table)
     table.write_text(json.dumps({"layout": LAYOUT_VERSION, "rows": [{**row, "settings": vars(other)}]}))
     read_table.cache_clear()
     assert choose_tiles(H100, 20, 128, 128, "int8", epilogue) == other

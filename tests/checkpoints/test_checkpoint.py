@@ -24,6 +24,7 @@ from flux_jax.errors import UserError
 from flux_jax.models.params import COMPONENTS, leaves
 
 CONFIG = tiny_model.config()
+ORBAX = r"(?<=again: )[\s\S]+"  # its own words, behind ours
 # When one of its reads or writes fails, Orbax closes the event loop under the others, and each of them says so.
 closing_loop = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -141,6 +142,7 @@ writer.save(sys.argv[2], opened.config, {"transformer": split})
 """
 
 
+@pytest.mark.slow
 def test_one_device_to_eight_and_back(pristine, modules, tmp_path):
     script = tmp_path / "eight.py"
     script.write_text(EIGHT)
@@ -154,139 +156,137 @@ def test_one_device_to_eight_and_back(pristine, modules, tmp_path):
     assert same(Checkpoint.open(tmp_path / "back").load("transformer"), modules["transformer"])
 
 
-def test_another_dtype_in_the_files_is_an_error_before_reading(saved, monkeypatch):
+def test_another_dtype_in_the_files_is_an_error_before_reading(saved, monkeypatch, snapshot_message):
     """Orbax itself would cast float32 to bfloat16 without a word."""
     monkeypatch.setattr(ocp, "load", lambda *_: pytest.fail("arrays were read"))
     edit(saved, lambda m: m["parts"]["clip"]["weights"]["final_norm.weight"].__setitem__(0, "bfloat16"))
-    with pytest.raises(UserError, match=r"wrong dtype or shape: final_norm\.weight is float32 .* bfloat16"):
+    with snapshot_message.raises(UserError, "final_norm.weight", "float32", "bfloat16"):
         Checkpoint.open(saved).load("clip")
 
 
-def test_integers_where_floats_belong(saved):
+def test_integers_where_floats_belong(saved, snapshot_message):
     edit(saved, lambda m: m["parts"]["clip"]["weights"]["final_norm.weight"].__setitem__(0, "int8"))
-    with pytest.raises(UserError, match=r"final_norm\.weight is int8, must be floating"):
+    with snapshot_message.raises(UserError, "final_norm.weight", "int8"):
         Checkpoint.open(saved).load("clip")
 
 
-def test_all_faults_of_a_table_in_one_message(saved):
+def test_all_faults_of_a_table_in_one_message(saved, snapshot_message):
     def change(manifest):
         weights = manifest["parts"]["t5"]["weights"]
         weights["layers.0.q.weight"][1] = [3, 3]
         weights["stranger.weight"] = weights.pop("final_norm.weight")
 
     edit(saved, change)
-    with pytest.raises(UserError, match="3 faults") as caught:
+    with snapshot_message.raises(UserError, "final_norm.weight", "stranger.weight", "layers.0.q.weight", "[3, 3]"):
         Checkpoint.open(saved).load("t5")
-    for words in ("missing: final_norm.weight", "unknown: stranger.weight", "layers.0.q.weight is [3, 3]"):
-        assert words in str(caught.value)
 
 
-def test_files_that_lack_a_weight(saved):
+def test_files_that_lack_a_weight(saved, snapshot_message):
     tree = flatten_dict(ocp.load(saved.absolute() / "clip"), sep=".")
     del tree["final_norm.bias"]
     shutil.rmtree(saved / "clip")
     ocp.save(saved.absolute() / "clip", unflatten_dict(tree, sep="."))
-    with pytest.raises(UserError, match=r"missing in the files: final_norm\.bias"):
+    with snapshot_message.raises(UserError, "final_norm.bias"):
         Checkpoint.open(saved).load("clip")
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_other_format_versions(saved, version):
+def test_other_format_versions(saved, version, snapshot_message):
     edit(saved, lambda m: m.update(version=version))
-    with pytest.raises(UserError, match=r"format version .* upgrade"):
+    with snapshot_message.raises(UserError, version):
         Checkpoint.open(saved)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 1}', "\0"])
-def test_damaged_manifest(saved, content):
+def test_damaged_manifest(saved, content, snapshot_message):
     (saved / MANIFEST).write_text(content)
-    with pytest.raises(UserError, match="damaged"):
+    with snapshot_message.raises(UserError, MANIFEST):
         Checkpoint.open(saved)
 
 
 @pytest.mark.parametrize("parts", [[], {"clip": []}, {"clip": {"path": 3, "weights": {}}}, {"clip": {"path": "clip"}}])
-def test_damaged_table_of_parts(saved, parts):
+def test_damaged_table_of_parts(saved, parts, snapshot_message):
     edit(saved, lambda m: m.update(parts=parts))
-    with pytest.raises(UserError, match="damaged"):
+    with snapshot_message.raises(UserError, MANIFEST):
         Checkpoint.open(saved)
 
 
-def test_damaged_row_and_unknown_part(saved):
+def test_damaged_row_and_unknown_part(saved, snapshot_message):
     edit(saved, lambda m: m["parts"]["clip"]["weights"].update({"final_norm.weight": "float32"}))
-    with pytest.raises(UserError, match="damaged table of the clip"):
+    with snapshot_message.raises(UserError, "clip", volatile="too many values.*"):
         Checkpoint.open(saved).load("clip")
     edit(saved, lambda m: m["parts"].update(unet=m["parts"]["clip"]))
-    with pytest.raises(UserError, match="unknown part 'unet'"):
+    with snapshot_message.raises(UserError, "unet"):
         Checkpoint.open(saved)
 
 
-def test_a_config_that_makes_no_sense(saved):
+def test_a_config_that_makes_no_sense(saved, snapshot_message):
     edit(saved, lambda m: m["configs"]["t5"].update(d_model="wide"))
-    with pytest.raises(UserError, match="d_model"):
+    with snapshot_message.raises(UserError, "d_model"):
         Checkpoint.open(saved)
 
 
-def test_quantized_checkpoints_are_not_read_as_if_they_were_not(saved):
+def test_quantized_checkpoints_are_not_read_as_if_they_were_not(saved, snapshot_message):
     edit(saved, lambda m: m.update(quantization={"method": "ternary"}))
-    with pytest.raises(UserError, match="damaged: quantization"):
+    with snapshot_message.raises(UserError, "quantization"):
         Checkpoint.open(saved)
 
 
 @pytest.mark.parametrize("path", ["../clip", "/etc", "t5/../../clip", "link"])
-def test_paths_that_leave_the_directory(saved, path):
+def test_paths_that_leave_the_directory(saved, path, snapshot_message):
     (saved / "link").symlink_to(saved.parent)
     edit(saved, lambda m: m["parts"]["clip"].update(path=path))
-    with pytest.raises(UserError, match="leaves the checkpoint"):
+    with snapshot_message.raises(UserError, path):
         Checkpoint.open(saved)
     edit(saved, lambda m: (m["parts"]["clip"].update(path="clip"), m.update(tokenizers=path)))
-    with pytest.raises(UserError, match="leaves the checkpoint"):
+    with snapshot_message.raises(UserError, path):
         Checkpoint.open(saved)
 
 
 @closing_loop
-def test_truncated_and_lost_data(saved):
+def test_truncated_and_lost_data(saved, snapshot_message):
     data = max((saved / "clip").rglob("d/*"), key=lambda p: p.stat().st_size)
     data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(UserError, match="cannot be read"):
+    with snapshot_message.raises(UserError, "clip", volatile=ORBAX):
         Checkpoint.open(saved).load("clip")
     shutil.rmtree(saved / "t5")
-    with pytest.raises(UserError, match="cannot be read"):
+    with snapshot_message.raises(UserError, "t5", volatile=ORBAX):
         Checkpoint.open(saved).load("t5")
 
 
-def test_names_of_checkpoints(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no checkpoint 'flux-9'.*nano, nano-1.58bit, nano-bf16") as caught:
+def test_names_of_checkpoints(tmp_path, monkeypatch, snapshot_message):
+    with snapshot_message.raises(UserError, "flux-9", "nano-1.58bit", "nano-bf16") as caught:
         Checkpoint.open("flux-9")
     assert caught.value.exit_code == 3
     assert resolve("nano") == resolve("nano-1.58bit")
     assert resolve("nano-bf16").parts[-4:] == ("flux_jax", "nano", "data", "nano-bf16")
-    with pytest.raises(UserError, match=f"no {MANIFEST}"):
+    with snapshot_message.raises(UserError, MANIFEST):
         Checkpoint.open(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(UserError, match="python -m convert"):
+    with snapshot_message.raises(UserError, "python -m convert"):
         Checkpoint.open(tmp_path)
 
 
-def test_parts_and_tokenizers_that_are_not_there(modules, tmp_path):
+def test_parts_and_tokenizers_that_are_not_there(modules, tmp_path, snapshot_message):
     save(tmp_path / "few", CONFIG, {"clip": modules["clip"]})
     opened = Checkpoint.open(tmp_path / "few")
-    with pytest.raises(UserError, match="has no vae, only clip"):
+    with snapshot_message.raises(UserError, "vae", "clip"):
         opened.load("vae")
-    with pytest.raises(UserError, match="no tokenizers"):
+    with snapshot_message.raises(UserError, "tokenizers"):
         _ = opened.tokenizers
 
 
-def test_overwriting(modules, tmp_path):
+def test_overwriting(modules, tmp_path, snapshot_message):
     clip = {"clip": modules["clip"]}
     save(tmp_path / "out", CONFIG, clip)
     before = (tmp_path / "out" / MANIFEST).read_bytes()
-    with pytest.raises(UserError, match="exists already"):
+    with snapshot_message.raises(UserError, tmp_path / "out"):
         save(tmp_path / "out", CONFIG, {"t5": modules["t5"]})
     assert (tmp_path / "out" / MANIFEST).read_bytes() == before
     save(tmp_path / "out", CONFIG, {"t5": modules["t5"]}, overwrite=True)
     assert Checkpoint.open(tmp_path / "out").components == ("t5",)
     (tmp_path / "precious").mkdir()
-    with pytest.raises(UserError, match="not a checkpoint, so it is not overwritten"):
+    with snapshot_message.raises(UserError, tmp_path / "precious"):
         save(tmp_path / "precious", CONFIG, clip, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "precious"]
 
@@ -303,24 +303,24 @@ def test_an_interruption_leaves_nothing(tmp_path, stop):
     assert not list(tmp_path.iterdir())
 
 
-def test_after_a_crash_the_next_run_starts_clean(modules, tmp_path):
+def test_after_a_crash_the_next_run_starts_clean(modules, tmp_path, snapshot_message):
     crashed = CheckpointWriter(tmp_path / "out")
     crashed.__enter__()  # and never left: the process was killed
     assert not (tmp_path / "out").exists()
     save(tmp_path / "out", CONFIG, {"clip": modules["clip"]})
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     (tmp_path / "new.partial").mkdir()
-    with pytest.raises(UserError, match="in the way and not ours"):
+    with snapshot_message.raises(UserError, tmp_path / "new.partial"):
         save(tmp_path / "new", CONFIG, {"clip": modules["clip"]})
     assert (tmp_path / "new.partial").is_dir()
 
 
-def test_a_full_disk(modules, tmp_path, monkeypatch):
+def test_a_full_disk(modules, tmp_path, monkeypatch, snapshot_message):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(ocp, "save", full)
-    with pytest.raises(UserError, match=r"disk .* is full.*nothing was left behind") as caught:
+    with snapshot_message.raises(UserError, "disk", "nothing was left behind") as caught:
         save(tmp_path / "out", CONFIG, {"clip": modules["clip"]})
     assert caught.value.exit_code == 2
     assert not list(tmp_path.iterdir())
@@ -328,7 +328,7 @@ def test_a_full_disk(modules, tmp_path, monkeypatch):
 
 @closing_loop
 @pytest.mark.parametrize("flushed", [2**28, 10**6], ids=["at the end", "on the way"])
-def test_writes_that_fail_in_orbax_itself(flushed, tmp_path, monkeypatch):
+def test_writes_that_fail_in_orbax_itself(flushed, tmp_path, monkeypatch, snapshot_message):
     """The same, with a real limit on the size of files instead of a full disk."""
     monkeypatch.setattr(orbax_writer, "FLUSH_BYTES", flushed)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # the limit would cut it, and Python would keep it
@@ -342,7 +342,7 @@ def test_writes_that_fail_in_orbax_itself(flushed, tmp_path, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        with pytest.raises(UserError, match="disk"):
+        with snapshot_message.raises(UserError, "disk"):
             write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -33,9 +33,12 @@ def test_this_machine_can_make_pictures(capsys):
 
 @pytest.fixture
 def versions(monkeypatch):
-    """What is installed, as the doctor sees it."""
+    """What is installed, and what the package asks for, as the doctor sees it."""
     found = {"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8"}
+    asked = ["jax<0.11,>=0.10.2; python_version < '4'", "jax>=0.20; python_version >= '4'", "flax<0.13,>=0.12.8"]
+    asked += ["jax[cuda13]>=9; extra == 'cuda13'", "jaxtyping>=99"]
     monkeypatch.setattr(doctor, "version_of", found.get)
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: asked)
     return found
 
 
@@ -45,7 +48,8 @@ def versions(monkeypatch):
         ({}, lambda: doctor.package("jax"), "ok", "0.10.2"),
         ({"jax": "0.9.1"}, lambda: doctor.package("jax"), "FAIL", "never tried"),
         ({"jax": None}, lambda: doctor.package("jax"), "FAIL", "not installed"),
-        ({"jax": "0.13.0"}, lambda: doctor.package("jax"), "FAIL", "never tried"),
+        ({"jax": "0.11.0"}, lambda: doctor.package("jax"), "FAIL", "never tried"),
+        ({"jax": "0.10.3.dev1", "jaxlib": "0.10.3.dev1"}, lambda: doctor.package("jax"), "ok", "0.10.3.dev1"),
         ({"jaxlib": "0.10.0"}, lambda: doctor.package("jax"), "FAIL", "jaxlib is 0.10.0"),
         ({"flax": "0.11"}, lambda: doctor.package("flax"), "FAIL", "never tried"),
         ({"jax-cuda13-plugin": "0.10.2"}, doctor.cuda, "ok", "0.10.2"),
@@ -60,6 +64,19 @@ def test_versions(versions, installed, check, status, words):
     assert finding.status == status
     assert words in finding.text
     assert bool(finding.fix) is (status == "FAIL")
+
+
+def test_what_is_installed_is_what_the_package_asks_for(monkeypatch):
+    """Not a copy of its requirements; and a checkout that was never installed has none to hold against them."""
+    for name in ("jax", "flax"):
+        assert doctor.package(name).status == "ok"
+        assert not doctor.tried(name, "0.1")
+
+    def missing(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", missing)
+    assert doctor.tried("jax", "0.1")
 
 
 def test_driver(monkeypatch, tmp_path):
@@ -95,7 +112,9 @@ def test_memory_disk_and_preallocation(monkeypatch):
     assert doctor.preallocation().status == "note"
 
 
-@pytest.mark.parametrize("lost", ["orbax", "tokenizers", "jax"])
+@pytest.mark.parametrize(
+    "lost", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("orbax", "tokenizers", "packaging")), "jax"]
+)
 def test_a_library_that_generation_needs_and_that_is_not_there(lost):
     """In a process where importing it fails: never a traceback, never exit status 0."""
     code = f"import sys; sys.modules[{lost!r}] = None; from flux_jax.cli import doctor; sys.exit(doctor.main([]))"

@@ -2,14 +2,17 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import parity
+import published
 import pytest
 from PIL import Image
 
-from flux_jax.compare import clip, lpips, towers
+from flux_jax.compare import clip, lpips, networks, towers
 from flux_jax.errors import UserError
 
+THEIRS = r"(?<=\()(?!its ).*(?=\))"  # in brackets: what other libraries say
 PROMPTS = ["a red circle", "b", "two blue squares and " * 9]  # the last is longer than the tower
 
 
@@ -24,6 +27,7 @@ def reference():
     return pytest.importorskip("torch_judges")
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(("eos_token_id", "activation"), [(2, "quick_gelu"), (95, "gelu")])
 def test_clip_score_equals_transformers(reference, tmp_path, eos_token_id, activation):
     model = reference.clip(eos_token_id, activation)
@@ -38,13 +42,29 @@ def test_clip_score_equals_transformers(reference, tmp_path, eos_token_id, activ
         parity.check("CLIP score", [row[key] for row in found], expected)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("size", [(64, 64), (91, 50), (37, 224), (16, 20)])
 def test_pictures_are_prepared_as_by_transformers(reference, size):
-    shown = picture(*size, 0)
-    expected = reference.prepare([shown])[0].permute(1, 2, 0).numpy()
-    np.testing.assert_allclose(clip.prepare(shown, reference.IMAGE_SIZE), expected, atol=1e-6)
+    shown = [picture(*size, seed) for seed in (0, 1)]
+    expected = reference.prepare(shown).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(clip.prepare(shown, reference.IMAGE_SIZE), expected)
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 64), (64, 32), (3, 3)])
+def test_pictures_are_cut_to_their_middle_square(height, width):
+    """Without torch and without a reference: the edges are white, the middle is of one colour."""
+    shown = np.full((height, width, 3), 255, np.uint8)
+    least = min(height, width)
+    top, left = (height - least) // 2, (width - least) // 2
+    shown[top : top + least, left : left + least] = 0, 100, 200
+    mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    expected = (np.array([0, 100, 200]) / 255 - mean) / deviation
+    found = clip.prepare([shown], least)
+    assert found.shape == (1, least, least, 3)
+    np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), atol=1e-6)
+
+
+@pytest.mark.reference
 def test_lpips_equals_its_restatement(reference, tmp_path):
     model, file = reference.LPIPS(), tmp_path / "lpips-alex.safetensors"
     reference.save_lpips(model, file)
@@ -67,28 +87,59 @@ def test_config_of_a_published_clip(tmp_path):
     found = towers.read_config(path)
     assert (found.text.hidden_size, found.text.eos_token_id, found.text.vocab_size) == (768, 2, 49408)
     assert (found.image.num_layers, found.image.max_positions, found.projection) == (24, 257, 768)
+    # as published, it says some of it a second time, and much that is no size
+    copies = {"text_config_dict": text, "vision_config_dict": image | {"patch_size": 14}}
+    others = {
+        "architectures": ["CLIPModel"],
+        "torch_dtype": "float32",
+        "transformers_version": None,
+        "initializer_factor": 1.0,
+    }
+    path.write_text(json.dumps(data | copies | others | {"vision_config": image | {"patch_size": 14}}))
+    assert towers.read_config(path) == found
     path.write_text(json.dumps({"model_type": "clip"}))  # transformers' defaults are clip-vit-base-patch32
     found = towers.read_config(path)
     assert (found.size, found.patch, found.text.hidden_size, found.image.hidden_size) == (224, 32, 512, 768)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "named"),
     [
-        ("{", "does not describe a CLIP model"),
-        ('{"model_type": "siglip"}', "'siglip', not 'clip'"),
-        ('{"model_type": "clip", "vision_config": {"hidden_act": "relu"}}', "'relu'"),
-        ('{"model_type": "clip", "text_config": 3}', "does not describe"),
+        ("{", "config.json"),
+        ('{"model_type": "siglip"}', "siglip"),
+        ('{"model_type": "clip", "vision_config": {"hidden_act": "relu"}}', "relu"),
+        ('{"model_type": "clip", "text_config": 3}', "config.json"),
+        ('{"model_type": "clip", "text_config": {"hidden_size": "a"}}', "hidden_size"),
+        ('{"model_type": "clip", "text_config": {"eos_token_id": [1, 2]}}', "config.json"),
+        ('{"model_type": "clip", "vision_config": {"patch_size": 0}}', "config.json"),
+        ("[]", "config.json"),
         (None, "config.json"),
     ],
 )
-def test_other_configs_are_refused(tmp_path, text, words):
+def test_other_configs_are_refused(tmp_path, text, named, snapshot_message):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=words):
+    with snapshot_message.raises(UserError, named, volatile=THEIRS) as caught:
         towers.read_config(tmp_path / "config.json")
+    assert "\n" not in str(caught.value)
 
 
-def test_small_pictures_have_no_lpips(tmp_path):
-    with pytest.raises(UserError, match="at least 31 x 31 pixels, not 64 x 16"):
+def test_weights_in_shards(tmp_path, snapshot_message):
+    """As in the folder of a large CLIP; bfloat16, too. A shard that lacks, and an index that is none."""
+    tensors = {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float32).astype(ml_dtypes.bfloat16)}
+    published.write_shards(tmp_path, tensors, 2, stem="model")
+    source = networks.open_tensors(tmp_path)
+    assert {name: file.get_tensor(name).tolist() for name, file in source.files.items()} == {
+        name: value.tolist() for name, value in tensors.items()
+    }
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with snapshot_message.raises(UserError, "00002"):
+        networks.open_tensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    with snapshot_message.raises(UserError, tmp_path, volatile=THEIRS):
+        networks.open_tensors(tmp_path)
+
+
+def test_small_pictures_have_no_lpips(tmp_path, snapshot_message):
+    with snapshot_message.raises(UserError, "31 x 31", "64 x 16"):
         lpips.judge(tmp_path / "any", 16, 64)

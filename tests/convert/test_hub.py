@@ -2,12 +2,10 @@
 network; the hub's answers are made up.
 """
 
-import dataclasses
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-import tiny_model
 from huggingface_hub import errors
 
 from convert import hub
@@ -67,11 +65,9 @@ def test_only_what_is_needed_is_fetched():
     }  # fmt: skip
 
 
-def test_a_hub_name(command, tmp_path, capsys, monkeypatch):
-    config = tiny_model.config()
-    config = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, timestep_dim=256))
+def test_a_hub_name(command, tiny_published_checkpoint, tmp_path, capsys, monkeypatch, snapshot_message):
     folder = tmp_path / "cache"
-    assert main(["--to", "diffusers", str(tiny_model.save(tmp_path / "tiny", config)), str(folder), "-q"]) == 0
+    assert main(["--to", "diffusers", str(tiny_published_checkpoint), str(folder), "-q"]) == 0
     capsys.readouterr()
     siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in FILES.items()]
     asked = {}
@@ -85,23 +81,23 @@ def test_a_hub_name(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     code, err = command("somebody/FLUX")
     assert code == 0
-    assert "33.7 GB" in err
+    snapshot_message(err, "33.7 GB")
     assert (asked["repo"], asked["revision"]) == ("somebody/FLUX", "abc")
     assert "flux1-dev.safetensors" not in asked["allow_patterns"]
     assert Checkpoint.open(tmp_path / "out").manifest["source"]["from"] == "somebody/FLUX"
 
 
 @pytest.mark.parametrize(
-    ("kind", "status", "words"),
+    ("kind", "status"),
     [
-        ("GatedRepoError", 401, "accept its licence at https://huggingface.co/black-forest-labs/FLUX.1-dev"),
-        ("GatedRepoError", 403, "hf auth login"),
-        ("RepositoryNotFoundError", 404, "no model"),
-        ("HfHubHTTPError", 403, "accept the licence"),
-        ("HfHubHTTPError", 500, "cannot be fetched"),
+        ("GatedRepoError", 401),
+        ("GatedRepoError", 403),
+        ("RepositoryNotFoundError", 404),
+        ("HfHubHTTPError", 403),
+        ("HfHubHTTPError", 500),
     ],
 )
-def test_weights_that_are_gated_or_missing(command, monkeypatch, kind, status, words):
+def test_weights_that_are_gated_or_missing(command, monkeypatch, kind, status, snapshot_message):
     def refuse(*_, **__):
         response = SimpleNamespace(status_code=status, headers={}, request=None)
         raise getattr(errors, kind)("a long message\nwith lines", response=response)
@@ -109,8 +105,8 @@ def test_weights_that_are_gated_or_missing(command, monkeypatch, kind, status, w
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=refuse))
     code, err = command("black-forest-labs/FLUX.1-dev")
     assert code == 3
-    assert words in err
     assert err.count("\n") == 1
+    snapshot_message(err, "black-forest-labs/FLUX.1-dev")
 
 
 @pytest.mark.parametrize(
@@ -122,15 +118,14 @@ def test_weights_that_are_gated_or_missing(command, monkeypatch, kind, status, w
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_no_network(command, monkeypatch, error):
+def test_no_network(command, monkeypatch, error, snapshot_message):
     def refuse(*_, **__):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=refuse))
     code, err = command("somebody/FLUX")
     assert code == 3
-    assert str(error) in err
-    assert "check the network" in err
+    snapshot_message(err, "somebody/FLUX", error)
 
 
 def test_a_mistake_of_ours_is_not_hidden(command, monkeypatch):

@@ -6,20 +6,22 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tiny_model
 import torch_reference as reference
+from published import load_module
 
 from convert.__main__ import main
-from convert.engine import load_module
 from flux_jax.checkpoints.checkpoint import Checkpoint, resolve
 from flux_jax.models.params import COMPONENTS, leaves
 from flux_jax.sampling.pipeline import FluxPipeline
 
+pytestmark = pytest.mark.reference
 LATENTS = 1e-3  # max abs error of the final latents, over four steps in float32, relative to their largest value
 PIXELS = 0.999  # of the uint8 values within 1
 
 
-@pytest.mark.parametrize(("guidance", "shard_bytes"), [(True, 200_000), (False, None)])
+@pytest.mark.parametrize(
+    ("guidance", "shard_bytes"), [(True, 200_000), pytest.param(False, None, marks=pytest.mark.slow)]
+)
 def test_a_folder_that_diffusers_wrote(tmp_path, guidance, shard_bytes):
     config = reference.tiny(guidance)
     pipe = reference.save_pipeline(tmp_path / "source", config, shard_bytes=shard_bytes)
@@ -33,7 +35,7 @@ def test_a_folder_that_diffusers_wrote(tmp_path, guidance, shard_bytes):
         assert all(np.array_equal(stored[name], value) for name, value in leaves(wanted))
 
 
-@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("guidance", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_folder_written_for_diffusers(tmp_path, guidance):
     pipe = reference.save_pipeline(tmp_path / "source", reference.tiny(guidance))
     assert main([str(tmp_path / "source"), str(tmp_path / "out"), "--dtype", "float32", "-q"]) == 0
@@ -50,14 +52,9 @@ def test_a_folder_written_for_diffusers(tmp_path, guidance):
         assert pipe.scheduler.config[key] == back.scheduler.config[key]
 
 
-@pytest.mark.parametrize("model", ["tiny", "nano-bf16"])
-def test_diffusers_draws_our_picture(tmp_path, model):
-    if model == "tiny":
-        config = tiny_model.config()
-        config = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, timestep_dim=256))
-        source = tiny_model.save(tmp_path / "tiny", config)
-    else:
-        source = resolve(model)
+@pytest.mark.parametrize("model", ["tiny", pytest.param("nano-bf16", marks=pytest.mark.slow)])
+def test_diffusers_draws_our_picture(tiny_published_checkpoint, tmp_path, model):
+    source = tiny_published_checkpoint if model == "tiny" else resolve(model)
     assert main(["--to", "diffusers", str(source), str(tmp_path / "folder"), "-q"]) == 0
     ours, theirs = FluxPipeline.from_pretrained(source, dtype="float32"), reference.load_pipeline(tmp_path / "folder")
     defaults, prompt, steps = ours.config.sampling, "a red circle to the left of a blue square", 4

@@ -77,18 +77,18 @@ def test_int8_activations_have_straight_through_gradients(drawn):
 def test_starts_as_the_rounded_weights(drawn, weighted):
     weight = jnp.asarray(drawn[0])
     moment = jnp.linspace(0.1, 3, K) if weighted else None
-    latent, log_scale = student.initial_shadow(weight, Options(), moment)
+    shadow, log_scale = student.initial_shadow(weight, Options(), moment)
     codes, scale = ternarize(weight, second_moment=moment)
-    found = student.finalize(latent, log_scale)
+    found = student.finalize(shadow, log_scale)
     np.testing.assert_array_equal(found[0], codes)
     np.testing.assert_allclose(found[1], scale, rtol=1e-6)
 
 
 def test_one_scale_for_a_matrix(drawn):
     weight = jnp.stack([jnp.asarray(drawn[0]), 3 * jnp.asarray(drawn[0])])  # two layers, stacked
-    latent, log_scale = student.initial_shadow(weight, Options(scales="tensor"))
+    shadow, log_scale = student.initial_shadow(weight, Options(scales="tensor"))
     assert log_scale.shape == (2, 1)
-    codes, scale = student.finalize(latent, log_scale)
+    codes, scale = student.finalize(shadow, log_scale)
     assert scale.shape == (2, N)
     np.testing.assert_allclose(scale[1], 3 * scale[0], rtol=1e-5)
     expected = ternarize(weight.reshape(2, 1, -1))

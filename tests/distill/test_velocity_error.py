@@ -15,15 +15,8 @@ from flux_jax.io.prompts import split
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compare")
-    tiny.teacher(folder)
-    tiny.prompts_file(folder)
-    return folder
-
-
-def test_a_scaled_velocity_is_wrong_by_its_scale(folder, capsys):
+@pytest.mark.slow
+def test_a_scaled_velocity_is_wrong_by_its_scale(folder, tmp_path, capsys):
     """A student whose velocity is 1.1 times the teacher's has a relative squared error of 0.01 at every level."""
     stored = checkpoint.Checkpoint.open(folder / "teacher")
     teacher = stored.load("transformer", jnp.float32)
@@ -32,8 +25,8 @@ def test_a_scaled_velocity_is_wrong_by_its_scale(folder, capsys):
     last.weight, last.bias = (nnx.Param(1.1 * leaf[...]) for leaf in (last.weight, last.bias))
     parts = {part: stored.load(part, jnp.float32) for part in ("t5", "clip", "vae")}
     rest = {"tokenizers": stored.tokenizers}
-    writer.save(folder / "scaled", stored.config, parts | {"transformer": scaled}, **rest)
-    words = [str(folder / name) for name in ("teacher", "teacher", "scaled")]
+    writer.save(tmp_path / "scaled", stored.config, parts | {"transformer": scaled}, **rest)
+    words = [str(path) for path in (folder / "teacher", folder / "teacher", tmp_path / "scaled")]
     assert velocity_error.main([*words, "--rounded", "--prompts", str(folder / "prompts.txt"), "--count", "9"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)["students"]

@@ -51,7 +51,10 @@ def test_parti_layout(shared):
     assert len(prompts) == 1632
     assert prompts[0].sidecar["category"] == prompts[0].stratum == "Abstract"
     assert prompts[0].text == "bond"
-    assert not any(prompt.text.startswith('"') for prompt in prompts)
+    quoted = [
+        prompt for prompt in prompts if prompt.text.startswith('"')
+    ]  # as the file has it, in which quotes are words
+    assert [prompt.text.split(" painted")[0] for prompt in quoted] == ['"G I G G L E"']
     pictures = benchmarks.folder_pictures(prompts[:1], 2, seed=7)
     assert [p.path for p in pictures] == [Path("00000/samples/0000.png"), Path("00000/samples/0001.png")]
     assert [p.seed for p in pictures] == [7, 8]
@@ -82,36 +85,37 @@ GOOD = '{"tag": "colors", "prompt": "a", "include": []}'
 
 
 @pytest.mark.parametrize(
-    ("lines", "words"),
+    ("lines", "named"),
     [
-        ([GOOD, "{nonsense"], "line 2: not valid JSON"),
-        ([GOOD, "[1]"], "line 2: each line must be a JSON object"),
-        ([GOOD, GOOD.replace("colors", "shapes")], "line 2: unknown tag 'shapes'"),
-        ([GOOD.replace('"a"', '" "')], 'line 1: each line needs a "prompt"'),
-        ([GOOD.replace('"include": []', '"count": 1')], 'line 1: each line needs a "prompt" and a list "include"'),
-        ([GOOD, "", GOOD], "line 2: there is no prompt"),
-        ([], "holds no prompt"),
+        ([GOOD, "{nonsense"], "line 2"),
+        ([GOOD, "[1]"], "line 2"),
+        ([GOOD, GOOD.replace('"colors"', "[]")], "[]"),
+        ([GOOD, GOOD.replace("colors", "shapes")], "shapes"),
+        ([GOOD.replace('"a"', '" "')], "line 1"),
+        ([GOOD.replace('"include": []', '"count": 1')], "include"),
+        ([GOOD, "", GOOD], "line 2"),
+        ([], "metadata.jsonl"),
     ],
 )
-def test_bad_metadata_is_one_sentence(tmp_path, lines, words):
+def test_bad_metadata_is_one_sentence(tmp_path, lines, named, snapshot_message):
     path = write(tmp_path / "metadata.jsonl", *lines)
-    with pytest.raises(UserError, match=words) as error:
+    with snapshot_message.raises(UserError, path, named) as error:
         benchmarks.read_geneval(path)
     assert error.value.exit_code == 2
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"),
+    ("prompt", "named"),
     [
-        ("a red/green bench", "line 3: .* cannot hold '/'"),
-        ("a snake_case bench", "line 3: .* cannot hold '_'"),
-        ("é" * 122 + "ab", "line 3: .* would take 257 bytes of at most 255"),
+        ("a red/green bench", "'/'"),
+        ("a snake_case bench", "'_'"),
+        ("é" * 122 + "ab", "255"),
     ],
 )
-def test_a_prompt_that_fits_no_file_name_is_refused(tmp_path, prompt, words):
+def test_a_prompt_that_fits_no_file_name_is_refused(tmp_path, prompt, named, snapshot_message):
     path = write(tmp_path / "color_val.txt", "a bench", "a bowl", prompt, end="\r\n")
-    with pytest.raises(UserError, match=words):
+    with snapshot_message.raises(UserError, "line 3", named):
         benchmarks.read_t2i_compbench(path)
 
 
@@ -123,16 +127,16 @@ def test_the_longest_prompt_that_fits(tmp_path):
     (tmp_path / name).touch()
 
 
-def test_bad_parti_files(tmp_path):
-    with pytest.raises(UserError, match="line 1: the heading"):
+def test_bad_parti_files(tmp_path, snapshot_message):
+    with snapshot_message.raises(UserError, "line 1"):
         benchmarks.read_parti(write(tmp_path / "a.tsv", "a prompt"))
-    with pytest.raises(UserError, match="line 3: a prompt or its category"):
+    with snapshot_message.raises(UserError, "line 3"):
         benchmarks.read_parti(write(tmp_path / "b.tsv", "Prompt\tCategory", "a\tb", "c"))
 
 
-def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+def test_missing_and_binary_files(tmp_path, snapshot_message):
+    with snapshot_message.raises(UserError, "none.jsonl"):
         benchmarks.read_geneval(tmp_path / "none.jsonl")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with snapshot_message.raises(UserError, "binary"):
         benchmarks.read_t2i_compbench(tmp_path / "binary")

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -118,27 +120,75 @@ def test_a_failure_stops_all_devices_and_keeps_what_is_finished(tmp_path):
     assert make(Painter(), tmp_path) == 10 - finished
 
 
+def test_a_failure_stops_its_own_device_while_another_still_draws(tmp_path):
+    """Whose later pictures would succeed; the other device is at the first one all the while."""
+    painter, begun, failed = Painter(), threading.Event(), threading.Event()
+
+    def on(device):
+        draw = painter(device)
+
+        def slowly(picture):
+            begun.set()
+            assert failed.wait(10)
+            time.sleep(0.3)
+            return draw(picture)
+
+        def fails_once(picture):
+            if failed.is_set():
+                return draw(picture)
+            assert begun.wait(10)
+            failed.set()
+            raise RuntimeError("out of luck")
+
+        return slowly if device == "slow" else fails_once
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        image_folders.make(PICTURES, tmp_path, on, record, ["slow", "fails once"])
+    assert len(painter.drawn) == len(list(tmp_path.rglob("*.png"))) == 1  # what was begun was finished
+
+
+def test_ctrl_c_stops_after_the_picture_that_is_being_drawn(tmp_path):
+    """The signal reaches the main thread, which waits for the others."""
+    painter = Painter()
+
+    def on(device):
+        draw = painter(device)
+
+        def interrupted(picture):
+            if len(painter.drawn) == 2:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                time.sleep(0.5)
+            return draw(picture)
+
+        return interrupted
+
+    with pytest.raises(KeyboardInterrupt):
+        image_folders.make(PICTURES, tmp_path, on, record, ["one"])
+    assert len(list(tmp_path.rglob("*.png"))) == 3
+    assert make(painter, tmp_path) == 7
+
+
 def test_a_picture_that_appears_meanwhile_is_not_made(tmp_path):
     painter = Painter()
 
     def overtaken(device):
-        make(painter, tmp_path, PICTURES[2:])  # another machine, between planning and drawing
+        make(painter, tmp_path, PICTURES[:8])  # another machine, between planning and drawing
         return painter(device)
 
     assert image_folders.make(PICTURES, tmp_path, overtaken, record, ["one"]) == 2
     assert len(painter.drawn) == 10
 
 
-def test_other_settings_never_mix(tmp_path):
+def test_other_settings_never_mix(tmp_path, snapshot_message):
     settings = {"model": {"sha256": "a"}, "sampling": {"steps": 4}, "seed": 42}
     image_folders.stamp(tmp_path / "out", settings)
     image_folders.stamp(tmp_path / "out", settings)
-    with pytest.raises(UserError, match="made with another model and seed; choose another --out"):
+    with snapshot_message.raises(UserError, tmp_path / "out", "model and seed"):
         image_folders.stamp(tmp_path / "out", settings | {"model": {"sha256": "b"}, "seed": 1})
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "00000").mkdir()
-    with pytest.raises(UserError, match="not of this program's making"):
+    with snapshot_message.raises(UserError, tmp_path / "theirs"):
         image_folders.stamp(tmp_path / "theirs", settings)
     (tmp_path / "out" / image_folders.RUN).write_text("{")
-    with pytest.raises(UserError, match="Cannot read"):
+    with snapshot_message.raises(UserError, image_folders.RUN):
         image_folders.stamp(tmp_path / "out", settings)

@@ -181,67 +181,68 @@ def remove(name):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "named"),
     [
-        (remove("00003/samples/0001.png"), "00003/samples has a hole: picture 1 is missing"),
-        (remove("00003/samples/0003.png"), "00003/samples' has 3 of 4 pictures"),
-        (remove("00003/metadata.jsonl"), "00003 has no metadata.jsonl"),
-        (lambda folder: [p.unlink() for p in (folder / "00003/samples").iterdir()], "has a hole: picture 0 is missing"),
-        (lambda folder: write_lines(folder / "results.jsonl", ALL_RIGHT[:-4]), "judges 68 pictures, but 72"),
-        (lambda folder: write_lines(folder / "results.jsonl", ALL_RIGHT[:-1]), "'color_attr 2' has 3 of 4"),
+        (remove("00003/samples/0001.png"), "picture 1"),
+        (remove("00003/samples/0003.png"), "00003/samples"),
+        (remove("00003/metadata.jsonl"), "metadata.jsonl"),
+        (lambda folder: [p.unlink() for p in (folder / "00003/samples").iterdir()], "picture 0"),
+        (lambda folder: write_lines(folder / "results.jsonl", ALL_RIGHT[:-4]), "72"),
+        (lambda folder: write_lines(folder / "results.jsonl", ALL_RIGHT[:-1]), "color_attr 2"),
     ],
 )
-def test_geneval_folders_with_holes(tmp_path, capsys, damage, words):
+def test_geneval_folders_with_holes(tmp_path, capsys, damage, named, snapshot_message):
     folder = geneval_folder(tmp_path / "images", geneval_rows(lambda *_: True))
     damage(folder)
     assert main(["score", f"ours={folder}"]) == 2
     out, err = capsys.readouterr()
-    assert words in err and err.count("\n") == 1 and not out
+    assert err.count("\n") == 1 and not out
+    snapshot_message(err, named)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "named"),
     [
-        ({"correct": "yes"}, 'line 2: each line needs "prompt" and a true or false "correct"'),
-        ({"tag": "style"}, "line 2: unknown tag 'style'"),
+        ({"correct": "yes"}, "line 2"),
+        ({"tag": "style"}, "style"),
     ],
 )
-def test_bad_geneval_results(tmp_path, change, words):
+def test_bad_geneval_results(tmp_path, change, named, snapshot_message):
     rows = geneval_rows(lambda *_: True)
     rows[1] |= change
-    with pytest.raises(UserError, match=words):
+    with snapshot_message.raises(UserError, named):
         results.read_geneval(write_lines(tmp_path / "results.jsonl", rows), "x")
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "named"),
     [
-        (lambda f: next((f / "samples").iterdir()).unlink(), "has 9 of 10 pictures"),
-        (lambda f: [p.unlink() for p in (f / "samples").glob("a cat*")], "judges 20 pictures, but .* holds 10"),
-        (lambda f: (f / "samples" / "grid.png").touch(), "grid.png is not named PROMPT_000000.png"),
-        (lambda f: (f / "samples" / "a dog_7.png").touch(), "has an index that another has"),
-        (remove(RESULT), "has no result for color; its evaluator writes"),
-        (lambda f: (f / RESULT).write_text("[{}]"), 'entry 1: each entry needs a "question_id"'),
-        (lambda f: (f / RESULT).write_text("["), "Cannot read"),
-        (lambda f: (f / RESULT).write_text('[{"question_id": 0, "answer": "31"}]'), "answer 31 is out"),
+        (lambda f: next((f / "samples").iterdir()).unlink(), "9 of 10"),
+        (lambda f: [p.unlink() for p in (f / "samples").glob("a cat*")], "20"),
+        (lambda f: (f / "samples" / "grid.png").touch(), "grid.png"),
+        (lambda f: (f / "samples" / "a dog_7.png").touch(), "a dog_7.png"),
+        (remove(RESULT), "color"),
+        (lambda f: (f / RESULT).write_text("[{}]"), "entry 1"),
+        (lambda f: (f / RESULT).write_text("["), RESULT),
+        (lambda f: (f / RESULT).write_text('[{"question_id": 0, "answer": "31"}]'), "31"),
     ],
 )
-def test_t2i_folders_with_holes(tmp_path, damage, words):
+def test_t2i_folders_with_holes(tmp_path, damage, named, snapshot_message):
     damage(t2i_folder(tmp_path, "color", {"a dog": [0.5] * 10, "a cat": [0.4] * 10}))
-    with pytest.raises(UserError, match=words):
+    with snapshot_message.raises(UserError, named, volatile="Expecting.*"):
         results.read_t2i_compbench(tmp_path / "color", "x")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "named"),
     [
-        (["results.jsonl"], "say what to call it, as in ours=results.jsonl"),
-        (["ours=nowhere"], "nowhere does not exist"),
-        (["ours=."], "is no folder of T2I-CompBench"),
+        (["results.jsonl"], "ours=results.jsonl"),
+        (["ours=nowhere"], "nowhere"),
+        (["ours=."], "T2I-CompBench"),
         ([], "see --help"),
     ],
 )
-def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, words):
+def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, named, snapshot_message):
     monkeypatch.chdir(tmp_path)
     assert main(["score", *arguments]) == 2
-    assert words in capsys.readouterr().err
+    snapshot_message(capsys.readouterr().err, named)

@@ -54,13 +54,13 @@ def test_mean_is_students():
     assert mean([[0.5, 0.6]]).interval == (0.0, 1.0)
 
 
-def test_differences_are_taken_prompt_by_prompt():
+def test_differences_are_taken_prompt_by_prompt(snapshot_message):
     first = {"a": [0.5, 0.7], "b": [0.2, 0.2], "c": [0.9, 0.9]}
     second = {"b": [0.1, 0.1], "a": [0.4, 0.6], "d": [0.0, 0.0]}
     estimate = mean_difference(first, second)
     assert (estimate.prompts, estimate.score) == (2, pytest.approx(0.1))
     np.testing.assert_allclose(estimate.interval, (0.1, 0.1), atol=1e-9)  # both differ by 0.1, whatever their level
-    with pytest.raises(ValueError, match="no prompt"):
+    with snapshot_message.raises(ValueError, "prompt"):
         mean_difference(first, {"z": [1.0]})
 
 

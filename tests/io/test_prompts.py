@@ -1,4 +1,5 @@
-"""Prompts: what counts as one, how they are held out, and that fetched files are the published ones."""
+"""Prompts: what counts as one, for every program that reads them; how they are held out; that fetched files are the
+published ones."""
 
 import functools
 import hashlib
@@ -8,9 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import tiny_model
 
+from flux_jax.cli import compare, distill, generate
 from flux_jax.cli import prompts as program
 from flux_jax.errors import UserError
+from flux_jax.evaluate import benchmarks
 from flux_jax.io import prompts
 from flux_jax.nano.captions import in_training, parse
 
@@ -31,6 +35,8 @@ def test_the_papers_calibration_set_is_7232_prompts_and_7190_different_ones():
     assert 0.05 < len(held_out) / 7190 < 0.075
     assert any(prompt.count('"') == 1 or prompt.startswith('"') for prompt in found)
     assert not any("\r" in prompt or "\t" in prompt for prompt in found)
+    lines = [line for file in SHARED.glob("*/*.*") for line in file.read_text("utf-8").splitlines()]
+    assert len(lines) > 9000 and not any(line.lstrip().startswith("#") for line in lines)  # none is lost as a comment
 
 
 @here
@@ -41,34 +47,155 @@ def test_published_files_have_the_digests_that_fetch_expects():
         assert hashlib.sha256(file.read_bytes()).hexdigest() == program.FILES[name][1], name
 
 
-def test_formats(tmp_path):
-    def read(name, data):
-        (tmp_path / name).write_bytes(data.encode())
-        return prompts.read(tmp_path / name)
-
-    assert read("a.txt", "\ufeffone\r\n\r\n two \r\nthree\u2028still three") == ["one", "two", "three\u2028still three"]
-    assert read("a.tsv", 'Category\tPrompt\nx\t"a" b "c\ny\td\n') == ['"a" b "c', "d"]
-    assert read("a.jsonl", '{"prompt": "a", "id": 3}\n\n{"prompt": "a"}\n') == ["a", "a"]
+def write(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode())
+    return path
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        ("a.txt", " \n\n", "holds no prompt"),
-        ("a.csv", "a", "prompts come in"),
-        ("a.tsv", "a\nb\n", "name its columns"),
-        ("a.tsv", "x\tprompt\nb\n", "line 2"),
-        ("a.jsonl", "{}\n", "line 1"),
-        ("a.jsonl", '{"prompt": 3}\n', "line 1"),
-        ("missing.txt", None, "Cannot read"),
-    ],
-)
-def test_what_is_no_prompt_file_is_one_sentence(tmp_path, name, text, says):
-    if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=says) as caught:
-        prompts.read(tmp_path / name)
-    assert "\n" not in str(caught.value)
+BOM = "\ufeff"
+ODD = {  # a file's name, what is in it, its prompts
+    "windows.txt": (
+        f"{BOM}one\r\n\r\n two \r\nthree\u2028and\tthree\x0band three",
+        ["one", "two", "three\u2028and\tthree\x0band three"],
+    ),
+    "comments.txt": (f"{BOM}# mine\none\n  # indented\n#\nno # comment\n", ["one", "no # comment"]),
+    "UPPER.TXT": ("one\rtwo\r", ["one", "two"]),
+    "no-suffix": ("# mine\none\n", ["one"]),
+    "objects.JSONL": (
+        BOM
+        + '{"prompt": " one ", "id": 3, "seed": 7, "tag": "x"}\r\n \r\n'
+        + '{"prompt": "# caf\u0085\\u00e9", "guidance": 2}',
+        ["one", "# caf\u0085é"],
+    ),
+    "table.tsv": (
+        BOM + 'Note\tPROMPT \r\nx\t"a" b "c\r\n\r\n# y\t d \tmore\r\nz\t# no comment\n',
+        ['"a" b "c', "d", "# no comment"],
+    ),
+    "twice.tsv": ("prompt\na\na\n", ["a", "a"]),
+}
+FAULTY = {  # a file's name, what is in it, what is said of it
+    "empty.txt": (" \n\n", "empty.txt holds no prompt."),
+    "comments.txt": ("# a\n", "comments.txt holds no prompt."),
+    "table.csv": ("prompt\na\n", "table.csv: prompts come in .txt, .jsonl or .tsv files, not in '.csv'."),
+    "list.json": ("[]", "list.json: prompts come in .txt, .jsonl or .tsv files, not in '.json'."),
+    "headless.tsv": ("a\tb\nc\td\n", "headless.tsv, line 1: the heading must name the column Prompt"),
+    "late.tsv": ("\nprompt\na\n", "late.tsv, line 1: the heading must name the column Prompt"),
+    "short.tsv": ("x\tprompt\na\tb\nc\n", "short.tsv, line 3: the prompt is empty."),
+    "blank.tsv": ("x\tprompt\na\t \n", "blank.tsv, line 2: the prompt is empty."),
+    "broken.jsonl": ('{"prompt": "a"}\n{"prompt"\n', "broken.jsonl, line 2: not valid JSON ("),
+    "deep.jsonl": ("[" * 99999, "deep.jsonl, line 1: not valid JSON ("),
+    "half.jsonl": ('\n{"prompt": "\\ud83d"}', "half.jsonl, line 2: not valid JSON ("),
+    "keyless.jsonl": ("{}\n", 'keyless.jsonl, line 1: each line must be an object with a "prompt".'),
+    "array.jsonl": ("[1]\n", 'array.jsonl, line 1: each line must be an object with a "prompt".'),
+    "number.jsonl": ('{"prompt": 3}\n', "number.jsonl, line 1: prompt cannot be 3."),
+    "blank.jsonl": ('\n{"prompt": " "}\n', "blank.jsonl, line 2: the prompt is empty."),
+    "seed.jsonl": ('{"prompt": "a", "seed": "7"}', "seed.jsonl, line 1: seed cannot be '7'."),
+    "true.jsonl": ('{"prompt": "a", "steps": true}', "true.jsonl, line 1: steps cannot be True."),
+    "null.jsonl": ('{"prompt": "a", "width": null}', "null.jsonl, line 1: width cannot be None."),
+    "large.jsonl": (f'{{"prompt": "a", "guidance": 1{"0" * 400}}}', "large.jsonl, line 1: guidance is too large"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(tiny_model.save(tmp_path_factory.mktemp("models") / "tiny", tiny_model.config()))
+
+
+USERS = ("generate", "compare", "distill", "count")
+
+
+@pytest.fixture
+def read_by(model, tmp_path, monkeypatch, capsys):
+    """Lets a program read a file in its folder: (exit status, SHA-256 of the prompts in order, stderr). What follows on
+    the reading is left out, but for generate's dry run."""
+    pytest.importorskip("skimage", reason="compare needs the extra `evaluate`")
+    pytest.importorskip("jinja2", reason="compare needs the extra `evaluate`")
+    from flux_jax.compare import drawing
+    from flux_jax.distill import run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    seen = []
+
+    def begin(*given, **named):
+        (texts,) = (each for each in (*given, *named.values()) if isinstance(each, list))
+        seen[:] = [getattr(each, "prompt", each) for each in texts]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "distill", begin)
+    monkeypatch.setattr(drawing, "run", begin)
+    draws = ["--model", model, "--dry-run", "--json", "--quiet", "--seed", "1", "--device", "cpu"]
+    mains = {"generate": generate.main, "compare": compare.main, "distill": distill.main, "count": program.main}
+    words = {
+        "generate": lambda file: ["--prompts-file", file, *draws],
+        "compare": lambda file: [model, model, "--prompts", file, "--out", "out", "--steps", "1"],
+        "distill": lambda file: [model, "student", "--prompts", file],
+        "count": lambda file: ["count", file],
+    }
+
+    def read(user: str, file: str) -> tuple[int, str, str]:
+        status = mains[user](words[user](file))
+        out, err = capsys.readouterr()
+        if status == 0:
+            report = json.loads(out)
+            return 0, report.get("sha256") or prompts.digest(each["prompt"] for each in report["images"]), err
+        return status % 130, prompts.digest(seen), err
+
+    return read
+
+
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("name", ODD)
+def test_every_program_reads_the_same_prompts(read_by, tmp_path, user, name):
+    text, expected = ODD[name]
+    write(tmp_path / name, text)
+    assert prompts.read(tmp_path / name) == expected
+    assert read_by(user, name)[:2] == (0, prompts.digest(expected))
+
+
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("name", [*FAULTY, "binary.txt", "missing.txt", "folder.txt"])
+def test_every_program_says_the_same_of_what_is_no_prompt_file(read_by, tmp_path, user, name):
+    if name == "binary.txt":
+        (tmp_path / name).write_bytes(b"a\nb\n\xff\xfe\n")
+        said = "Cannot read binary.txt: it is not UTF-8 text (line 3)."
+    elif name == "missing.txt":
+        said = "Cannot read missing.txt: No such file or directory."
+    elif name == "folder.txt":
+        (tmp_path / name).mkdir()
+        said = "Cannot read folder.txt: Is a directory."
+    else:
+        text, said = FAULTY[name]
+        write(tmp_path / name, text)
+    status, _, err = read_by(user, name)
+    assert status == 2
+    assert err.startswith(said) and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_line_says_of_its_picture(tmp_path):
+    rows, unknown = prompts.read_rows(write(tmp_path / "objects.jsonl", ODD["objects.JSONL"][0]))
+    assert [(row.line, row.fields) for row in rows] == [(1, {"id": 3, "seed": 7}), (3, {"guidance": 2.0})]
+    assert isinstance(rows[1].fields["guidance"], float)
+    assert unknown == ["tag"]
+    rows, unknown = prompts.read_rows(write(tmp_path / "table.tsv", "seed\tprompt\n7\ta\n"))
+    assert (rows, unknown) == ([prompts.PromptRow("a", 2)], [])
+
+
+def test_benchmarks_are_stricter(tmp_path):
+    """Their pictures are placed by counting lines, and their files have no comments."""
+    path = write(tmp_path / "color_val.txt", f"{BOM}# a bench\r\na bowl\u2028of\r\n\r\n")
+    assert [(each.place, each.text) for each in benchmarks.read_t2i_compbench(path)] == [
+        (0, "# a bench"),
+        (1, "a bowl\u2028of"),
+    ]
+    for name, read, text, line in (
+        ("color_val.txt", benchmarks.read_t2i_compbench, "a\n\nb\n", 2),
+        ("p.tsv", benchmarks.read_parti, "Prompt\tCategory\na\tb\n\nc\td\n", 3),
+        ("p.jsonl", benchmarks.read_geneval, '\n{"prompt": "a"}\n', 1),
+    ):
+        with pytest.raises(UserError, match=f"{name}, line {line}: there is no prompt; delete the line."):
+            read(write(tmp_path / name, text))
 
 
 def test_held_out_depends_on_the_text_alone():

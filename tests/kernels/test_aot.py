@@ -75,6 +75,8 @@ def test_the_committed_table_is_of_these_kernels(gpu):
     assert all(row["barriers"] <= MOST_BARRIERS for row in rows if row["kernel"].endswith(", int8") and "k" not in row)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(importlib.util.find_spec, aot.aot.PLUGINS)), reason="needs JAX's CUDA plugin (aot)")
 @pytest.mark.parametrize("gpu", ["h100", "a10"])
 def test_every_kernel_of_flux_compiles_for_a_gpu_that_is_not_here(gpu):

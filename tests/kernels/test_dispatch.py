@@ -57,11 +57,9 @@ def test_triton_is_supported_from_compute_capability_8_up(target, ok):
 
 
 @pytest.mark.parametrize("target", [CPU, T4], ids=str)
-def test_an_unsupported_backend_is_refused_by_name_and_replaced_otherwise(target, capfd):
+def test_an_unsupported_backend_is_refused_by_name_and_replaced_otherwise(target, capfd, snapshot_message):
     s._say.cache_clear()
-    with pytest.raises(
-        ValueError, match=f"implementation is 'triton': .*need.*{target.compute_capability}.*expected None or"
-    ):
+    with snapshot_message.raises(ValueError, "'triton'", target.compute_capability):
         s.choose_implementation("triton", target, 64, "int8")
     for _ in range(2):
         assert (
@@ -101,9 +99,9 @@ assert "jax.experimental.pallas" not in sys.modules
     assert done.stdout == "" and done.stderr.count("pallas_kernels:") == 1
 
 
-def test_a_product_is_traced_for_the_target_that_is_told():
+def test_a_product_is_traced_for_the_target_that_is_told(snapshot_message):
     arguments = jnp.ones((2, 128)), pack_ternary(np.ones((8, 128), np.int8)), jnp.ones(8)
-    with pytest.raises(ValueError, match="compute capability 8.0, and Tesla T4 has 7.5"), compiling_for(T4):
+    with snapshot_message.raises(ValueError, "8.0", "Tesla T4"), compiling_for(T4):
         ternary_matmul(*arguments, implementation="triton")
     with compiling_for(Target("interpret", "9.0")):
         assert s.current_target().platform == "interpret"
@@ -157,18 +155,18 @@ def test_measured_settings_are_used_for_their_shape_and_near_it(tables):
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "named"),
     [
-        ("{", "nvidia_h100.json is no table of measured settings: .*; tune again"),
+        ("{", "nvidia_h100.json is no table of measured settings"),
         ('{"rows": []}', "nvidia_h100.json is no table"),
         ('{"rows": [{"settings": {"block_m": 3}}]}', "nvidia_h100.json is no table"),
-        (json.dumps({"rows": [ROW]}), "nvidia_h100.json is no table of measured settings: 'epilogue'; tune again"),
-        ('{"layout": 99, "rows": []}', "nvidia_h100.json was measured with layout 99, and this is [0-9]+: tune again"),
+        (json.dumps({"rows": [ROW]}), "nvidia_h100.json is no table of measured settings"),
+        ('{"layout": 99, "rows": []}', "layout 99"),
     ],
 )
-def test_a_damaged_or_outdated_table_is_an_error(tables, text, sentence):
+def test_a_damaged_or_outdated_table_is_an_error(tables, text, named, snapshot_message):
     tiling.table_path("NVIDIA H100").write_text(text)
-    with pytest.raises(ValueError, match=sentence):
+    with snapshot_message.raises(ValueError, named):
         tiling.choose_tiles(H100, 512, 3072, 3072, "int8")
 
 
@@ -188,6 +186,6 @@ def test_tables_in_the_package_are_readable():
         (64, 64, 128, 4, 0),
     ],
 )
-def test_settings_that_no_kernel_can_have_are_refused(fields):
-    with pytest.raises(ValueError, match="expected"):
+def test_settings_that_no_kernel_can_have_are_refused(fields, snapshot_message):
+    with snapshot_message.raises(ValueError, "expected"):
         tiling.TileConfig(*fields)

@@ -89,36 +89,34 @@ def test_a_large_layer_is_packed_within_the_converters_budget():
 
 
 @pytest.mark.parametrize("position", [0, 77, 127, 199])
-def test_validation_finds_one_invalid_code(position):
+def test_validation_finds_one_invalid_code(position, snapshot_message):
     packed = pack_ternary(ternary(3, 200))
     tile, plane, j = position // 128, position % 128 // 32, position % 32
     shift = 2 * plane
     packed[1, 32 * tile + j] = packed[1, 32 * tile + j] & ~np.uint8(3 << shift) | np.uint8(2 << shift)
-    with pytest.raises(ValueError, match=rf"packed \[3, 64\] holds the bits 10 in byte \[1, {32 * tile + j}\]"):
+    with snapshot_message.raises(ValueError, "packed [3, 64]", f"[1, {32 * tile + j}]"):
         validate(packed, 200)
 
 
-def test_validation_finds_codes_in_the_padding():
-    with pytest.raises(
-        ValueError, match=r"packed \[2, 64\] holds codes behind the last of its k = 200: padding must be zero"
-    ):
+def test_validation_finds_codes_in_the_padding(snapshot_message):
+    with snapshot_message.raises(ValueError, "packed [2, 64]", 200):
         validate(pack_ternary(np.ones((2, 201), np.int8)), 200)
 
 
 @pytest.mark.parametrize(
-    ("call", "sentence"),
+    ("call", "named"),
     [
-        (lambda: pack_ternary(np.full((2, 5), 2, np.int8)), r"codes \[2, 5\] hold 2: a ternary code is -1, 0 or 1"),
-        (lambda: pack_ternary(jnp.full((2, 5), -128, jnp.int8)), r"codes \[2, 5\] hold -128: a ternary code"),
-        (lambda: pack_ternary(np.zeros((2, 5), np.int32)), r"codes is int32 \[2, 5\]: expected int8 \[..., n, k\]"),
-        (lambda: pack_ternary(np.zeros(5, np.int8)), r"codes is int8 \[5\]: expected int8 \[..., n, k\]"),
-        (lambda: pack_ternary(np.zeros((2, 0), np.int8)), r"k is 0: a row holds at least one code"),
-        (lambda: unpack_ternary(np.zeros((2, 32), np.int8), 128), r"packed is int8 \[2, 32\]: expected uint8"),
-        (lambda: unpack_ternary(np.zeros((2, 32), np.uint8), 129), r"packed is \[2, 32\]: .* k = 129 .*\[2, 64\]"),
-        (lambda: validate(np.zeros((2, 33), np.uint8), 128), r"packed is \[2, 33\]: .* k = 128 .*\[2, 32\]"),
+        (lambda: pack_ternary(np.full((2, 5), 2, np.int8)), "codes [2, 5] hold 2"),
+        (lambda: pack_ternary(jnp.full((2, 5), -128, jnp.int8)), "codes [2, 5] hold -128"),
+        (lambda: pack_ternary(np.zeros((2, 5), np.int32)), "codes is int32 [2, 5]"),
+        (lambda: pack_ternary(np.zeros(5, np.int8)), "codes is int8 [5]"),
+        (lambda: pack_ternary(np.zeros((2, 0), np.int8)), "k is 0"),
+        (lambda: unpack_ternary(np.zeros((2, 32), np.int8), 128), "packed is int8 [2, 32]"),
+        (lambda: unpack_ternary(np.zeros((2, 32), np.uint8), 129), "packed is [2, 32]"),
+        (lambda: validate(np.zeros((2, 33), np.uint8), 128), "packed is [2, 33]"),
     ],
 )
-def test_what_cannot_be_packed_is_refused_in_a_sentence(call, sentence):
-    with pytest.raises(ValueError, match=sentence) as error:
+def test_what_cannot_be_packed_is_refused_in_a_sentence(call, named, snapshot_message):
+    with snapshot_message.raises(ValueError, named) as error:
         call()
     assert "\n" not in str(error.value)

@@ -13,6 +13,12 @@ FLOAT32 = 1e-5  # relative: sums of some hundred float32 products, in any order
 INT8 = 2e-2  # relative: x is rounded to 1/127 of its row's largest
 # Every number of rows the model has, n and k that no tile divides, and nano's smallest.
 SHAPES = [(1, 48, 200), (7, 384, 128), (16, 80, 640), (77, 33, 129), (128, 128, 512), (4608, 16, 128)]
+QUICK = SHAPES[0], SHAPES[3]  # tried each time; the others are slow
+
+
+def cases(shapes, *before):
+    """Parameters of a test, those of shapes that are not QUICK with their mark."""
+    return [pytest.param(*before, shape, marks=() if shape in QUICK else pytest.mark.slow) for shape in shapes]
 
 
 def weights(n, k, layers=()):
@@ -43,9 +49,9 @@ def error(y, expected):
 @pytest.mark.parametrize(
     ("dtype", "activations", "tolerance", "shape"),
     [
-        *[("bfloat16", "bf16", BFLOAT16, shape) for shape in SHAPES],
-        *[("float32", "bf16", FLOAT32, shape) for shape in SHAPES[1::2]],
-        *[("bfloat16", "int8", INT8, shape) for shape in SHAPES[::2]],
+        *cases(SHAPES, "bfloat16", "bf16", BFLOAT16),
+        *cases(SHAPES[1::2], "float32", "bf16", FLOAT32),
+        *cases(SHAPES[::2], "bfloat16", "int8", INT8),
         ("float16", "bf16", BFLOAT16, SHAPES[3]),
     ],
 )
@@ -79,8 +85,9 @@ def test_backends_differ_by_the_rounding_of_scale_and_result(implementation, dty
     assert (np.abs(y - dense) <= half * (sums + np.abs(y)) + FLOAT32 * sums).all()
 
 
-@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_int8_sums_are_exact(implementation, m, n, k):
+@pytest.mark.parametrize("shape", cases(SHAPES))
+def test_int8_sums_are_exact(implementation, shape):
+    m, n, k = shape
     codes, packed, _, _ = weights(n, k)
     x = RNG.integers(-127, 128, (m, k))
     x[:, RNG.integers(k)] = 127  # so that each row's scale is exactly 1
@@ -217,37 +224,37 @@ def arguments(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "named"),
     [
         (
             {"x": jnp.ones((3, 200), jnp.int32)},
-            r"x is int32 \[3, 200\]: expected bfloat16, float16 or float32 \[..., k\]",
+            "x is int32 [3, 200]",
         ),
-        ({"x": jnp.float32(1)}, r"x is float32 \[\]: expected bfloat16"),
-        ({"x": jnp.ones((3, 300))}, r"packed is \[8, 64\]: rows of k = 300 codes take 96 bytes, \[8, 96\]"),
-        ({"packed": jnp.zeros((8, 64), jnp.int8)}, r"packed is int8 \[8, 64\]: expected uint8"),
-        ({"packed": jnp.zeros((2, 8, 64), jnp.uint8)}, r"packed is \[2, 8, 64\]: expected \[n, kp\] without layer"),
-        ({"layer": 0}, r"packed is \[8, 64\]: expected \[layers, n, kp\] with layer"),
-        ({"layer": jnp.arange(2)}, r"layer is int32 \[2\]: expected an integer scalar"),
+        ({"x": jnp.float32(1)}, "x is float32 []"),
+        ({"x": jnp.ones((3, 300))}, "packed is [8, 64]"),
+        ({"packed": jnp.zeros((8, 64), jnp.int8)}, "packed is int8 [8, 64]"),
+        ({"packed": jnp.zeros((2, 8, 64), jnp.uint8)}, "packed is [2, 8, 64]"),
+        ({"layer": 0}, "packed is [8, 64]"),
+        ({"layer": jnp.arange(2)}, "layer is int32 [2]"),
         (
             {"scale": jnp.ones(7)},
-            r"scale is float32 \[7\]: expected floating \[8\], one for each row of packed \[8, 64\]",
+            "scale is float32 [7]",
         ),
-        ({"scale": jnp.ones(8, jnp.int32)}, r"scale is int32 \[8\]: expected floating \[8\]"),
-        ({"scale": jnp.ones(8).at[3].set(jnp.nan)}, r"scale \[8\] is nan at \[3\]: expected finite values"),
-        ({"scale": jnp.ones(8).at[5].set(-jnp.inf)}, r"scale \[8\] is -inf at \[5\]: expected finite values"),
-        ({"bias": jnp.ones((1, 8))}, r"bias is float32 \[1, 8\]: expected floating \[8\]"),
-        ({"activations": "fp8"}, r"activations is 'fp8': expected 'bf16' or 'int8'"),
-        ({"implementation": "cuda"}, r"implementation is 'cuda': expected None, 'xla' or 'triton'"),
+        ({"scale": jnp.ones(8, jnp.int32)}, "scale is int32 [8]"),
+        ({"scale": jnp.ones(8).at[3].set(jnp.nan)}, "scale [8] is nan at [3]"),
+        ({"scale": jnp.ones(8).at[5].set(-jnp.inf)}, "scale [8] is -inf at [5]"),
+        ({"bias": jnp.ones((1, 8))}, "bias is float32 [1, 8]"),
+        ({"activations": "fp8"}, "activations is 'fp8'"),
+        ({"implementation": "cuda"}, "implementation is 'cuda'"),
     ],
 )
-def test_bad_arguments_are_named_in_a_sentence(changes, sentence):
-    with pytest.raises(ValueError, match=sentence) as error:
+def test_bad_arguments_are_named_in_a_sentence(changes, named, snapshot_message):
+    with snapshot_message.raises(ValueError, named) as error:
         ternary_matmul(**arguments(**changes))
     assert "\n" not in str(error.value)
 
 
-def test_the_same_checks_hold_while_tracing():
+def test_the_same_checks_hold_while_tracing(snapshot_message):
     traced = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arguments(scale=jnp.ones(7)).items()}
-    with pytest.raises(ValueError, match=r"scale is float32 \[7\]: expected floating \[8\]"):
+    with snapshot_message.raises(ValueError, "scale is float32 [7]"):
         jax.eval_shape(lambda given: ternary_matmul(**given), traced)

@@ -150,13 +150,13 @@ def test_edges_are_masked_and_whole_tiles_are_not(m, n, k, unmasked):
 
 
 @pytest.mark.parametrize("large", [(2**16 + 1, 2**15), (1, 2**31 + 128)], ids=str)
-def test_an_array_whose_offsets_would_wrap_is_an_error(large):
+def test_an_array_whose_offsets_would_wrap_is_an_error(large, snapshot_message):
     """Between 2 and 4 GiB of bytes: only the shapes are there."""
     n, kp = large
     given = [jax.ShapeDtypeStruct(*each) for each in (((1, 4 * kp), jnp.int8), ((1,), jnp.float32))]
     given += [jax.ShapeDtypeStruct((n, kp), jnp.uint8), jax.ShapeDtypeStruct((n,), jnp.float32)]
     how = {"settings": SMALL, "out_dtype": jnp.float32}
-    with pytest.raises(ValueError, match="elements, and a kernel counts them up to 2,147,483,648: use fewer rows"):
+    with snapshot_message.raises(ValueError, "2,147,483,648"):
         jax.eval_shape(lambda *a: triton.matmul(*a, None, **how), *given)
     fine = [*given[:2], jax.ShapeDtypeStruct((n, kp // 2), jnp.uint8), given[3]]
     fine[0] = jax.ShapeDtypeStruct((1, 4 * (kp // 2)), jnp.int8)

@@ -74,10 +74,10 @@ def test_layers_rows_and_devices_are_alike(method):
     assert np.allclose(traced[1], scale, rtol=1e-6)
 
 
-def test_a_method_that_is_not_there():
-    with pytest.raises(ValueError, match="method must be one of least-squares, absmean, not 'median'"):
+def test_a_method_that_is_not_there(snapshot_message):
+    with snapshot_message.raises(ValueError, "median"):
         ternarize(np.zeros((1, 4), np.float32), "median")
-    with pytest.raises(ValueError, match=r"second_moment must be \[4\]"):
+    with snapshot_message.raises(ValueError, "second_moment", "[4]"):
         ternarize(np.zeros((1, 4), np.float32), second_moment=np.ones(3))
 
 

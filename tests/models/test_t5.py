@@ -34,7 +34,7 @@ def encode(model, ids):
 
 def reference_and_ours(t5_config):
     torch_reference = pytest.importorskip("torch_reference")
-    from convert.engine import load_module
+    from published import load_module
 
     config = dataclasses.replace(torch_reference.tiny(), t5=t5_config)
     reference = torch_reference.build("t5", config)
@@ -42,6 +42,7 @@ def reference_and_ours(t5_config):
     return lambda ids: torch_reference.run_t5(reference, ids), ours, reference
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(
     ("changes", "batch", "length"),
     [
@@ -60,6 +61,7 @@ def test_equals_transformers(changes, batch, length):
     parity.check("T5", actual, expected)
 
 
+@pytest.mark.reference
 def test_position_bias_equals_transformers_at_published_size():
     published = dev().t5
     config = dataclasses.replace(SMALL, num_buckets=published.num_buckets, max_distance=published.max_distance)

@@ -40,7 +40,7 @@ def inputs(config: TransformerConfig, batch: int, rows: int, columns: int, text:
 def both(config, x, dtype=jnp.float32, change=lambda module: None):
     """(diffusers' velocity in float32, ours in `dtype`) for the same random weights, `change`d, and inputs."""
     reference = pytest.importorskip("torch_reference")
-    from convert.engine import load_module
+    from published import load_module
 
     module = reference.build("transformer", config)
     change(module)
@@ -55,6 +55,7 @@ def both(config, x, dtype=jnp.float32, change=lambda module: None):
     return expected, np.asarray(forward(ours, *args).astype(jnp.float32))
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(
     ("guidance", "batch", "rows", "columns", "text"),
     [(True, 1, 4, 4, 8), (False, 1, 4, 4, 8), (True, 2, 3, 7, 13), (False, 2, 6, 2, 1)],
@@ -67,6 +68,7 @@ def test_velocity_equals_diffusers(guidance, batch, rows, columns, text):
     parity.check(case, actual, expected)
 
 
+@pytest.mark.reference
 def test_norms_of_small_activations():
     """Where the variance is near the norms' epsilon, its value shows."""
 
@@ -80,6 +82,8 @@ def test_norms_of_small_activations():
     parity.check("transformer, activations near the norms' epsilon", actual, expected)
 
 
+@pytest.mark.reference
+@pytest.mark.slow
 @pytest.mark.parametrize(("double", "single"), [(1, 0), (0, 1)], ids=["double block", "single block"])
 def test_one_block_at_full_width(double, single):
     reference = pytest.importorskip("torch_reference")
@@ -89,6 +93,7 @@ def test_one_block_at_full_width(double, single):
     parity.check(f"one {'double' if double else 'single'} block at FLUX.1's width", actual, expected, FULL_WIDTH)
 
 
+@pytest.mark.reference
 def test_sinusoidal_equals_diffusers():
     reference = pytest.importorskip("torch_reference")
     t = np.random.default_rng(3).uniform(0, 6, 100).astype(np.float32)
@@ -99,6 +104,7 @@ def test_sinusoidal_equals_diffusers():
     assert (error <= np.tile(one_bit, 2) + 1e-6).all()
 
 
+@pytest.mark.reference
 def test_bf16_velocity_is_close_to_float32():
     config = pytest.importorskip("torch_reference").tiny()
     expected, actual = both(config, inputs(config.transformer, 2, 6, 6, 12), jnp.bfloat16)
@@ -109,7 +115,7 @@ def test_bf16_velocity_is_close_to_float32():
 def test_bf16_keeps_norms_and_positions_in_float32():
     """The residual stream is bf16 as in FLUX; what needs more bits gets them: norms, rotary turns, the softmax."""
     config = nano().transformer
-    model = Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: Transformer(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     x = {k: v for k, v in inputs(config, 1, 2, 2, 4).items() if k != "ids"}
     bf16 = {k: jnp.asarray(x[k], jnp.bfloat16) for k in ("img", "txt", "pooled")}
     jaxpr = str(
@@ -121,7 +127,9 @@ def test_bf16_keeps_norms_and_positions_in_float32():
         assert all(":f32" in line for line in rows), (operation, rows)
 
 
-def test_guidance_is_required_where_it_is_embedded():
-    model = Transformer(nano().transformer, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="guidance"):
-        model.modulation(jnp.zeros(1), None, jnp.zeros((1, 64)))
+def test_guidance_is_required_where_it_is_embedded(snapshot_message):
+    def modulation():
+        return Transformer(nano().transformer, rngs=nnx.Rngs(0)).modulation(jnp.zeros(1), None, jnp.zeros((1, 64)))
+
+    with snapshot_message.raises(ValueError, "guidance"):
+        nnx.eval_shape(modulation)

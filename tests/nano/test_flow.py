@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from flux_jax.config import CLIPConfig, T5Config, nano
-from flux_jax.nano import flow
+from flux_jax.nano import flow, training
 from flux_jax.nano.dataset import Dataset, example
 from flux_jax.nano.scenes import COLORS, SHAPES
 from flux_jax.nano.text import TextEncoders
-from flux_jax.nano.training import Recipe, Trainer
+from flux_jax.nano.training import Recipe
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
 SMALL = dataclasses.replace(
@@ -52,7 +52,7 @@ def constants(dataset):
 
 def train(folder, dataset, networks, constants, loss=None):
     loss = loss or flow.FlowLoss(SMALL, RECIPE)
-    return Trainer(folder, RECIPE, networks).run(dataset, loss, constants, save_every=2, log_every=2)
+    return training.train(folder, RECIPE, networks, dataset, loss, constants, save_every=2, log_every=2)
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path, dataset, networks, constants):
@@ -74,7 +74,11 @@ def test_a_resumed_run_is_the_same_run(tmp_path, dataset, networks, constants):
     for name in ("whole", "killed"):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [2, 4]
-    assert (tmp_path / "whole" / "recipe.json").exists()
+    assert json.loads((tmp_path / "whole" / "recipe.json").read_text()) == dataclasses.asdict(RECIPE)
+    saved = training.averaged(tmp_path / "whole", networks)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(saved))
+    assert training.averaged(tmp_path / "none", networks) is None
+    assert not (tmp_path / "none").exists()
 
 
 def test_loss_is_the_squared_error_of_the_velocity(dataset, networks, constants):
@@ -101,6 +105,7 @@ def test_layout_loss_is_least_where_the_head_knows_the_shares():
         assert float(flow.layout_loss(jnp.asarray(wrong), jnp.asarray(layout))) > entropy + 0.02
 
 
+@pytest.mark.slow
 def test_guidance_phase_starts_from_its_teacher_and_moves(tmp_path, dataset, networks, constants):
     teacher = jax.tree.map(lambda x: x + 0.05 * jnp.ones_like(x), networks)
     loss = flow.GuidanceLoss(SMALL, RECIPE)

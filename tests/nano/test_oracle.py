@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from flux_jax.nano.captions import parse
-from flux_jax.nano.oracle import Found, Reading, contradiction, read, relations, score
+from flux_jax.nano.oracle import Found, Reading, contradiction, read, score
 from flux_jax.nano.oracle_calibration import measure, word_changes
+from flux_jax.nano.relations import relations
 from flux_jax.nano.scenes import BACKGROUNDS, COLORS, SHAPES, Object, Scene, render, sample_scene
 
 
@@ -19,6 +20,7 @@ def verdict(text: str, *things: Object, background: int = 0):
     return score(render(Scene(things, background)), caption)
 
 
+@pytest.mark.slow
 def test_its_own_error_is_small():
     errors = measure(count=100, seed=1)
     assert errors["wrong"] <= 0.005
@@ -142,7 +144,7 @@ def found(x: float, y: float) -> Found:
     ],
 )
 def test_relations_by_genevals_rule(x: float, y: float, expected: set[str]):
-    assert relations(found(x, y), found(0.5, 0.5)) == expected
+    assert relations(found(x, y).box, found(0.5, 0.5).box) == expected
 
 
 def test_a_changed_word_is_a_changed_meaning():

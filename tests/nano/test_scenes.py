@@ -15,7 +15,6 @@ from flux_jax.nano.scenes import (
     Object,
     Scene,
     coverage,
-    grid,
     layout,
     place,
     render,
@@ -119,10 +118,3 @@ def test_rendering_is_fast_enough_to_feed_training():
             render(scene)
         best = min(best, time.perf_counter() - start)
     assert best / len(scenes) < 0.005  # 0.4 ms on an idle core; the limit allows for a busy one
-
-
-def test_a_grid_holds_every_picture():
-    images = [np.full((5, 6, 3), i, np.uint8) for i in range(3)]
-    sheet = grid(images, 2)
-    assert sheet.shape == (14, 16, 3)
-    np.testing.assert_array_equal(sheet[9:14, 0:6], images[2])

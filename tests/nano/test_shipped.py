@@ -76,7 +76,7 @@ def test_only_a_student_ships_as_one(tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param("nano-bf16", marks=pytest.mark.slow), "nano-1.58bit"])
 def test_it_draws_the_colour_asked_for(model):
     """Not a score, which `flux_jax.evaluate` gives: that weights, tokenizers, schedule and decoder fit together."""
     pipe = FluxPipeline.from_pretrained(model)

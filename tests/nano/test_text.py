@@ -11,10 +11,10 @@ from flax import nnx
 
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import CLIPConfig, T5Config, nano
-from flux_jax.nano import text
+from flux_jax.nano import text, training
 from flux_jax.nano.captions import MEANINGS, NOUNS, VOCABULARY, meaning, parse
 from flux_jax.nano.dataset import Dataset
-from flux_jax.nano.training import Recipe, Trainer
+from flux_jax.nano.training import Recipe
 from flux_jax.nano.vocabulary import build
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
@@ -75,6 +75,7 @@ def test_loss_is_the_log_of_the_right_answers_share(tokenizers, readers):
     assert float(loss) == pytest.approx(one_object * (6 / 4 + 2), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_encoders_learn_to_tell_the_meaning(tmp_path, tokenizers):
     """Four captions by heart, both readers; and the file that says how many of the held-out ones they read."""
     n = len(TEXTS)
@@ -84,6 +85,6 @@ def test_the_encoders_learn_to_tell_the_meaning(tmp_path, tokenizers):
     recipe = Recipe(steps=60, batch=8, learning_rate=1e-2, warmup=5, ema=0.5)
     text.train(tmp_path, SMALL, recipe, dataset, tokenizers)
     assert set(json.loads((tmp_path / "understood.json").read_text())) == {"t5", "clip"}
-    readers = Trainer(tmp_path, recipe, text.Readers(SMALL, text.noun_ids(tokenizers), nnx.Rngs(1))).averaged()
+    readers = training.averaged(tmp_path, text.Readers(SMALL, text.noun_ids(tokenizers), nnx.Rngs(1)))
     loss, _ = text.ReadingLoss()(readers, jax.tree.map(jnp.asarray, dataset.batch(0, 0, 16)), jax.random.key(0), {})
     assert float(loss) < 0.1

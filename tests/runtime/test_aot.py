@@ -16,7 +16,15 @@ from flux_jax.runtime import aot
 
 ROOT = Path(__file__).parents[2]
 PRESENT = any(map(importlib.util.find_spec, aot.PLUGINS))
-needs_plugin = pytest.mark.skipif(not PRESENT, reason="needs JAX's CUDA plugin (the extra aot)")
+
+
+def needs_plugin(test):
+    """Its marks: it takes minutes, and is about GPUs."""
+    marks = pytest.mark.gpu, pytest.mark.slow, pytest.mark.skipif(not PRESENT, reason="needs the extra aot")
+    for mark in marks:
+        test = mark(test)
+    return test
+
 
 # All compiling in one process of its own, in which JAX starts as `flux_jax.runtime.aot` wants it to. The product is
 # traced for the CPU first: what was traced for one device must not be taken for another.
@@ -32,7 +40,7 @@ from flux_jax.models.layers import Linear
 from flux_jax.models.fused_linear import modulated_linear
 from flux_jax.models.ternary import TernaryLinear
 from pallas_kernels import current_target, ternary_matmul
-from pallas_kernels.fused import Gelu
+from pallas_kernels.epilogues import Gelu
 
 shape = jax.ShapeDtypeStruct
 token, packed = shape((256, 128), jnp.bfloat16), shape((384, 32), jnp.uint8)
@@ -146,15 +154,15 @@ def test_shardings_over_the_devices_are_kept(found):
 
 
 @pytest.mark.skipif(PRESENT, reason="JAX's CUDA plugin is installed")
-def test_without_the_plugin_one_sentence_names_the_extra():
-    with pytest.raises(UserError, match=r"pip install .*\[aot\]'"):
+def test_without_the_plugin_one_sentence_names_the_extra(snapshot_message):
+    with snapshot_message.raises(UserError, "[aot]"):
         aot.compile_for("h100", jax.jit(jnp.sin), jnp.ones(3))
 
 
-def test_gpus_are_known_by_name_in_any_case():
+def test_gpus_are_known_by_name_in_any_case(snapshot_message):
     assert aot.target("H100").architecture.name == "sm_90a"
     assert aot.target("l20").architecture.name == "sm_89"
-    with pytest.raises(UserError, match="'b200' is described: choose one of a10, a100"):
+    with snapshot_message.raises(UserError, "b200", "a10, a100"):
         aot.target("b200")
 
 

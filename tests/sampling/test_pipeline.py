@@ -76,7 +76,14 @@ def test_same_seed_same_picture_in_any_batch(pipe, alone):
     assert np.abs(batch.images[0] - alone).max() > 0.01
 
 
-@pytest.mark.parametrize(("dtype", "true_cfg"), [(jnp.float32, 1.0), (jnp.float32, 3.0), (jnp.bfloat16, 1.0)])
+@pytest.mark.parametrize(
+    ("dtype", "true_cfg"),
+    [
+        (jnp.float32, 1.0),
+        pytest.param(jnp.float32, 3.0, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_steps_driven_from_outside_give_the_same_bits(pipe, dtype, true_cfg):
     if dtype == jnp.bfloat16:
         parts = {part: jax.tree.map(lambda p: p.astype(dtype), getattr(pipe, part)) for part in tiny_model.COMPONENTS}
@@ -101,6 +108,53 @@ def test_steps_driven_from_outside_give_the_same_bits(pipe, dtype, true_cfg):
     np.testing.assert_allclose(seen[-1][2]["denoised"], inside, atol=1e-5)  # the last step ends at sigma 0
 
 
+def test_stream_gives_each_step_of_each_picture(pipe, alone):
+    config = pipe.config.sampling
+    steps = list(pipe.stream(["a blue square", "a red circle"], seed=6))
+    assert [(step.image, step.index) for step in steps] == [(i, k) for i in (0, 1) for k in range(3)]
+    assert {step.count for step in steps} == {config.num_inference_steps}
+    assert [step.sigma for step in steps[:2]] == [step.sigma_before for step in steps[1:3]]
+    assert (steps[0].sigma_before, steps[2].sigma) == (1, 0)
+    [image] = pipe.decode(steps[-1].latents, output_type="np")
+    np.testing.assert_array_equal(image, alone)
+    np.testing.assert_allclose(steps[-1].denoised, steps[-1].latents, atol=1e-5)
+    [preview] = pipe.decode(steps[-2].denoised)
+    assert preview.size == (config.width, config.height)
+
+
+def test_who_leaves_a_stream_computes_no_further_step(pipe, monkeypatch):
+    from flux_jax.sampling import programs
+
+    called, step = [], programs.step
+
+    class Counted:
+        def __call__(self, *args):
+            called.append(1)
+            return step(*args)
+
+    monkeypatch.setattr(programs, "step", Counted())
+    for found in pipe.stream("a red circle", seed=7):
+        if found.index == 1:
+            break
+    assert len(called) == 2
+
+
+def test_a_stream_goes_on_from_latents_that_are_sent(pipe, alone):
+    steps = pipe.stream("a red circle", seed=7)
+    first = next(steps)
+    steps.send(first.latents)  # the same: nothing changes
+    np.testing.assert_array_equal(pipe.decode(next(steps).latents, output_type="np")[0], alone)
+    steps = pipe.stream("a red circle", seed=7)
+    next(steps)
+    steps.send(np.zeros_like(first.latents))
+    assert np.abs(pipe.decode(next(steps).latents, output_type="np")[0] - alone).max() > 1e-3
+
+
+def test_latents_of_another_size_are_not_decoded(pipe, snapshot_message):
+    with snapshot_message.raises(UserError, "height"):
+        pipe.decode(np.zeros((1, 9, 64), np.float32))
+
+
 def test_interrupt_and_replaced_latents(pipe):
     shape = (1, 8, 64)
 
@@ -114,7 +168,7 @@ def test_interrupt_and_replaced_latents(pipe):
     np.testing.assert_array_equal(out.images, np.full(shape, 0.25, np.float32))
 
 
-def test_embeddings_and_noise_as_input(pipe, alone):
+def test_embeddings_and_noise_as_input(pipe, alone, snapshot_message):
     text, pooled = pipe.encode_prompt("a red circle")
     fresh = FluxPipeline(pipe.config, transformer=pipe.transformer, vae=pipe.vae)
     embeds = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
@@ -123,11 +177,11 @@ def test_embeddings_and_noise_as_input(pipe, alone):
     kept = noise.copy()
     np.testing.assert_array_equal(fresh(**embeds, latents=noise, output_type="np").images[0], alone)
     np.testing.assert_array_equal(noise, kept)  # the program takes over the memory of a copy
-    with pytest.raises(UserError, match="encoders were freed"):
+    with snapshot_message.raises(UserError, "encoders"):
         fresh("a red circle")
 
 
-def test_free_encoders(pipe, alone):
+def test_free_encoders(pipe, alone, snapshot_message):
     other = FluxPipeline(
         pipe.config, transformer=pipe.transformer, vae=pipe.vae, t5=pipe.t5, clip=pipe.clip, tokenizers=pipe.tokenizers
     )
@@ -136,7 +190,7 @@ def test_free_encoders(pipe, alone):
     assert other.t5 is None
     assert other.clip is None
     np.testing.assert_array_equal(other("a red circle", seed=7, output_type="np").images[0], alone)
-    with pytest.raises(UserError, match="encoders were freed"):
+    with snapshot_message.raises(UserError, "encoders"):
         other("a blue square")
 
 
@@ -182,63 +236,62 @@ def test_unseeded_calls_differ_and_can_be_repeated(pipe):
 
 
 @pytest.mark.parametrize("driven", [False, True])
-def test_nan_names_the_step(pipe, driven):
+def test_nan_names_the_step(pipe, driven, snapshot_message):
     parts = {part: getattr(pipe, part) for part in tiny_model.COMPONENTS}
     broken = jax.tree.map(lambda p: p, parts["transformer"])
     broken.final_layer.linear.bias[...] = jnp.full_like(broken.final_layer.linear.bias[...], jnp.nan)
     bad = FluxPipeline(pipe.config, tokenizers=pipe.tokenizers, **{**parts, "transformer": broken})
     callback = (lambda *_: None) if driven else None
-    with pytest.raises(UserError, match="Step 1 of 3 .*not finite.*seed 7") as error:
+    with snapshot_message.raises(UserError, "Step 1 of 3", "seed 7") as error:
         bad("a red circle", seed=7, callback_on_step_end=callback)
     assert error.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        ({"prompt": ""}, "prompt is empty"),
-        ({"prompt": "  \n"}, "prompt is empty"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "  \n"}, "prompt"),
         ({"prompt": []}, "0 prompts"),
-        ({"prompt": None}, "either a prompt"),
-        ({"prompt_embeds": np.zeros((1, 4, 24), np.float32)}, "either a prompt"),
-        ({"prompt": None, "prompt_embeds": np.zeros((1, 4, 24), np.float32)}, "both prompt_embeds"),
+        ({"prompt": None}, "prompt_embeds"),
+        ({"prompt_embeds": np.zeros((1, 4, 24), np.float32)}, "prompt_embeds"),
+        ({"prompt": None, "prompt_embeds": np.zeros((1, 4, 24), np.float32)}, "pooled_prompt_embeds"),
         (
             {
                 "prompt": None,
                 "prompt_embeds": np.zeros((1, 4, 24), np.float32),
                 "pooled_prompt_embeds": np.zeros((1, 9), np.float32),
             },
-            r"must be \[b, t, 24\]",
+            "[b, t, 24]",
         ),
-        ({"height": 0}, "height must be between"),
-        ({"width": -16}, "width must be between"),
-        ({"height": 20_000}, "height must be between"),
-        ({"height": 16_384, "width": 16_384}, "more than the 65536 allowed"),
-        ({"num_inference_steps": 0}, "number of steps"),
-        ({"guidance_scale": float("nan")}, "Guidance must"),
-        ({"guidance_scale": -1.0}, "Guidance must"),
-        ({"true_cfg_scale": 0.5}, "True guidance must"),
-        ({"seed": -1}, "seed must"),
-        ({"seed": 2**32}, "seed must"),
-        ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, "seed must"),
-        ({"num_images_per_prompt": 0}, "at least 1"),
-        ({"max_sequence_length": 13}, "from 1 to 12"),
-        ({"output_type": "tensor"}, "output_type must"),
-        ({"latents": np.zeros((1, 9, 64), np.float32)}, r"packed tokens \[1, 8, 64\]"),
-        ({"negative_prompt": ["a", "b"], "true_cfg_scale": 2.0}, "1 prompts and 2 negative"),
+        ({"height": 0}, "height"),
+        ({"width": -16}, "width"),
+        ({"height": 20_000}, "height"),
+        ({"height": 16_384, "width": 16_384}, "65536"),
+        ({"num_inference_steps": 0}, "0"),
+        ({"guidance_scale": float("nan")}, "nan"),
+        ({"guidance_scale": -1.0}, "-1.0"),
+        ({"true_cfg_scale": 0.5}, "0.5"),
+        ({"seed": -1}, "-1"),
+        ({"seed": 2**32}, "4294967296"),
+        ({"seed": 2**32 - 1, "num_images_per_prompt": 2}, "4294967296"),
+        ({"num_images_per_prompt": 0}, "0"),
+        ({"max_sequence_length": 13}, "13"),
+        ({"output_type": "tensor"}, "output_type"),
+        ({"latents": np.zeros((1, 9, 64), np.float32)}, "[1, 8, 64]"),
+        ({"negative_prompt": ["a", "b"], "true_cfg_scale": 2.0}, "2 negative"),
     ],
 )
-def test_bad_input_is_one_sentence(pipe, arguments, message):
-    with pytest.raises(UserError, match=message) as error:
+def test_bad_input_is_one_sentence(pipe, arguments, named, snapshot_message):
+    with snapshot_message.raises(UserError, named) as error:
         pipe(**{"prompt": "a red circle", "seed": 7, **arguments})
     assert error.value.exit_code == 2
     assert str(error.value).endswith(".")
     assert "\n" not in str(error.value)
 
 
-def test_from_pretrained(pipe, alone, tmp_path):
-    folder = tiny_model.save(tmp_path / "model", pipe.config)
-    loaded = FluxPipeline.from_pretrained(folder)
+def test_from_pretrained(alone, tiny_checkpoint):
+    loaded = FluxPipeline.from_pretrained(tiny_checkpoint)
     assert loaded.dtype == jnp.float32
     np.testing.assert_array_equal(loaded("a red circle", seed=7, output_type="np").images[0], alone)
-    assert FluxPipeline.from_pretrained(folder, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+    assert FluxPipeline.from_pretrained(tiny_checkpoint, dtype=jnp.bfloat16).dtype == jnp.bfloat16

@@ -10,6 +10,7 @@ import torch_reference as reference
 from convert.__main__ import main
 from flux_jax.sampling.pipeline import FluxPipeline
 
+pytestmark = pytest.mark.reference
 STEPS = 4
 SIZE = {"height": 48, "width": 80}  # not square: rows and columns must not be confused
 LATENTS = 1e-4  # max abs error of the final latents over their max abs value: float32 rounding through four steps
@@ -17,7 +18,9 @@ PIXELS = 1e-3  # share of the uint8 values that may be more than 1 apart
 PROMPTS = ["a red cat", "two dogs and a bird"]
 
 
-@pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
+@pytest.mark.parametrize(
+    "guidance", [pytest.param(True, id="dev"), pytest.param(False, id="schnell", marks=pytest.mark.slow)]
+)
 def test_same_latents_same_pictures(tmp_path, guidance):
     theirs = reference.save_pipeline(tmp_path / "source", reference.tiny(guidance))
     assert main([str(tmp_path / "source"), str(tmp_path / "model"), "--dtype", "float32", "-q"]) == 0

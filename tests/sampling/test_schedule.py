@@ -36,6 +36,7 @@ def test_schnell_is_not_shifted():
     np.testing.assert_allclose(schedule.sigmas(SCHNELL, 4, 4096), [1, 0.75, 0.5, 0.25, 0])
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("tokens", [64, 256, 1024, 4096])
 @pytest.mark.parametrize("settings", [DEV, SCHNELL, config.nano().sampling], ids=["dev", "schnell", "nano"])
 def test_noise_levels_equal_diffusers(settings, tokens):

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import tiny_model
 
-from flux_jax import validation
 from flux_jax.checkpoints import orbax_writer, writer
-from flux_jax.cli import requests
+from flux_jax.cli import arguments, requests
 from flux_jax.config import TransformerConfig
 from flux_jax.errors import UserError
 from flux_jax.models.quantize import quantize_transformer
@@ -99,15 +98,15 @@ def draw(folder, activations, mesh=None):
     pipe = FluxPipeline.from_pretrained(folder, mesh=mesh, activations=activations)
     return pipe, pipe(prompts, seed=[5, 9, 2], output_type="latent").images
 
-prompts, models = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+prompts, models = map(json.loads, sys.argv[1:])
 found, places = {}, mesh(data=2, model=4)
 for kind, activations in (("float", None), ("ternary", "bf16"), ("ternary", "int8")):
     _, expected = draw(models[kind], activations)
-    pipe, drawn = draw(models[kind], activations, places)
-    found[f"{kind} {activations}"] = float(np.abs(drawn - expected).max() / np.abs(expected).max())
+    pipe, split = draw(models[kind], activations, places)
+    found[f"{kind} {activations}"] = float(np.abs(split - expected).max() / np.abs(expected).max())
     if kind == "float":
-        drawn = draw(models[kind], activations, mesh(data=8, model=1))[1]
-        found["data alone"] = float(np.abs(drawn - expected).max())
+        alone = draw(models[kind], activations, mesh(data=8, model=1))[1]
+        found["data alone"] = float(np.abs(alone - expected).max())
 try:
     tensor_parallel.load(Checkpoint.open(models["damaged"]), places)
 except UserError as error:
@@ -117,19 +116,21 @@ Checkpoint.read = None  # that would bring whole weights to the host
 for kind in ("float", "ternary"):
     transformer = tensor_parallel.load(Checkpoint.open(models[kind]), places)
     for path, leaf in nnx.to_flat_state(nnx.state(transformer)):
-        name = dotted(tuple(word for word in path if word != "linear"))  # of a layer inside a RowParallelLinear or
-        ColumnParallelLinear wanted = jax.sharding.NamedSharding(places, tensor_parallel.partition_spec(name)) assert
-        leaf.sharding == wanted, (name, leaf.sharding) assert leaf.addressable_shards[0].data.shape ==
-        wanted.shard_shape(leaf.shape) matrix = "blocks" in name and leaf.ndim == 3 assert
-        leaf.sharding.is_fully_replicated != matrix or not matrix and name.endswith(("bias", "scale")), name
+        name = dotted(tuple(word for word in path if word != "linear"))  # of a layer inside a parallel one
+        wanted = jax.sharding.NamedSharding(places, tensor_parallel.partition_spec(name))
+        assert leaf.sharding == wanted, (name, leaf.sharding)
+        assert leaf.addressable_shards[0].data.shape == wanted.shard_shape(leaf.shape)
+        matrix = "blocks" in name and leaf.ndim == 3
+        assert leaf.sharding.is_fully_replicated != matrix or not matrix and name.endswith(("bias", "scale")), name
 print(json.dumps(found))
 """
 
 
-def test_eight_devices_draw_what_one_draws(models):
+@pytest.mark.slow
+def test_eight_devices_draw_what_one_draws(models, snapshot_message):
     named = json.dumps({kind: str(folder) for kind, folder in models.items()})
     found = json.loads(finish(start(ONE_PROCESS, json.dumps(PROMPTS), named, devices=8)))
-    assert "single_blocks.1.linear2 is damaged" in found.pop("damaged")
+    snapshot_message(found.pop("damaged"), "single_blocks.1.linear2")
     assert found.pop("data alone") == 0  # the same program on the same shapes: the same bits
     assert found.pop("ternary int8") < INT8_ROUNDING
     assert len(found) == 2
@@ -197,12 +198,13 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_draw_what_one_device_draws(models, tmp_path):
     from flux_jax.sampling.pipeline import FluxPipeline
 
     address, folder = f"127.0.0.1:{free_port()}", models["float"]
-    arguments = folder, json.dumps(PROMPTS), tmp_path / "drawn"
-    processes = [start(TWO_PROCESSES, address, i, *arguments, devices=2) for i in range(2)]
+    words = folder, json.dumps(PROMPTS), tmp_path / "drawn"
+    processes = [start(TWO_PROCESSES, address, i, *words, devices=2) for i in range(2)]
     for process in processes:
         finish(process)
     expected = FluxPipeline.from_pretrained(folder)(PROMPTS, seed=[5, 9, 2], output_type="latent").images
@@ -212,20 +214,20 @@ def test_two_processes_draw_what_one_device_draws(models, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "data", "data=0", "model=2,", "data=2,data=2", "rows=2", "data=2;model=2"])
-def test_bad_meshes_are_one_sentence(text):
-    with pytest.raises(UserError, match="--mesh must read data=N,model=M"):
-        validation.parse_mesh(text)
+def test_bad_meshes_are_one_sentence(text, snapshot_message):
+    with snapshot_message.raises(UserError, "--mesh", text):
+        arguments.parse_mesh(text)
 
 
-def test_meshes():
-    assert validation.parse_mesh("data=2,model=4") == {"data": 2, "model": 4}
-    assert validation.parse_mesh("model=4") == {"data": 1, "model": 4}
-    with pytest.raises(UserError, match="has 1000 places and JAX finds"):
+def test_meshes(snapshot_message):
+    assert arguments.parse_mesh("data=2,model=4") == {"data": 2, "model": 4}
+    assert arguments.parse_mesh("model=4") == {"data": 1, "model": 4}
+    with snapshot_message.raises(UserError, 1000, volatile="JAX finds .*"):
         tensor_parallel.make_mesh({"data": 1, "model": 1000}, TransformerConfig())
-    with pytest.raises(UserError, match="does not divide the transformer's 24 heads"):
+    with snapshot_message.raises(UserError, 24):
         tensor_parallel.check_heads(TransformerConfig(), 5)
     narrow = TransformerConfig(hidden_size=128, num_heads=2, axes_dim=(16, 24, 24))
-    with pytest.raises(UserError, match="tiles of 128"):
+    with snapshot_message.raises(UserError, 128):
         tensor_parallel.fused_sections(narrow, 2, "single_blocks.linear2.packed")
 
 
@@ -250,7 +252,8 @@ def command(*argv: object) -> str:
     return f"import sys; from flux_jax.cli.generate import main; sys.exit(main({[str(a) for a in argv]!r}))"
 
 
-def test_a_killed_process_ends_the_others_with_one_message(models, tmp_path):
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_with_one_message(models, tmp_path, snapshot_message):
     """The second process is killed while the first waits for its share of a sum."""
     options = ["a red circle", "--seed", "1", "-m", models["float"], "--mesh", "model=2", "--steps", "1000"]
     options += ["--processes", "2", "--coordinator", f"127.0.0.1:{free_port()}", "--no-cache", "-o", tmp_path / "a.png"]
@@ -262,12 +265,13 @@ def test_a_killed_process_ends_the_others_with_one_message(models, tmp_path):
     out, err = first.communicate(timeout=300)
     assert first.returncode == 1, err
     assert ".png" not in out
-    assert "Another process of this run has stopped" in err.splitlines()[-1]
+    snapshot_message(err.splitlines()[-1])
     assert "Traceback" not in err
     assert not (tmp_path / "a.png").exists()
     second.communicate()
 
 
+@pytest.mark.slow
 def test_processes_write_once(models, tmp_path):
     options = [
         "a red circle",
@@ -292,6 +296,8 @@ def test_processes_write_once(models, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
 def test_no_weight_is_gathered_on_four_h100():
     """The loop of FLUX.1-dev with ternary weights, compiled for four GPUs: sums of activations, and nothing else."""
     if not any(map(importlib.util.find_spec, aot.PLUGINS)):
@@ -306,7 +312,8 @@ def test_no_weight_is_gathered_on_four_h100():
     from flux_jax.sampling.programs import Conditions
 
     mesh = aot.mesh("h100", (1, 4), tensor_parallel.AXES)
-    spread = tensor_parallel.ShardedSampler(tensor_parallel.abstract(abstract_ternary(dev(), jnp.bfloat16), mesh), mesh)
+    transformer = tensor_parallel.abstract(abstract_ternary(dev(), jnp.bfloat16), mesh)
+    sampler = tensor_parallel.ShardedSampler(transformer, mesh)
 
     def array(*shape, dtype=jnp.float32, axes=("data",)):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
@@ -314,7 +321,7 @@ def test_no_weight_is_gathered_on_four_h100():
     text, pooled = array(1, 1, 512, 4096, dtype=jnp.bfloat16), array(1, 1, 768, dtype=jnp.bfloat16)
     conditions = Conditions(text, pooled, array(1), array(1), array(1, 2, 4608, 64))
     sigmas = array(29, axes=())
-    compiled = aot.compile_for(mesh, spread.denoise, spread.leaves, array(1, 4096, 64), sigmas, conditions)
+    compiled = aot.compile_for(mesh, sampler.program, sampler.leaves, array(1, 4096, 64), sigmas, conditions)
     found = re.findall(r"= (.*) (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(.*", compiled.as_text())
     kinds = [kind for _, kind in found]
     assert set(kinds) == {"all-reduce", "all-gather"}

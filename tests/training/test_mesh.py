@@ -16,9 +16,9 @@ EIGHT = """
 import json, sys, pathlib
 import jax, numpy as np
 from jax.sharding import AxisType
-from flux_jax.distill import mesh as meshes, run
-from flux_jax.distill import end_to_end
+from flux_jax.distill import end_to_end, run
 from flux_jax.distill.trajectories import load_or_make
+from flux_jax.training import mesh as meshes
 import dataclasses, tiny_distillation as tiny
 
 folder, found = pathlib.Path(sys.argv[1]), {}
@@ -30,7 +30,7 @@ for name, shape in {"one": (1, 1), "several": (2, 4)}.items():
     meshes.make = made
     work = run.prepare(folder / "teacher", folder / name, tiny.PROMPTS, options, None)
     trajectories = load_or_make(work, "trajectories", work.training, options.trajectories)
-    graph, params = end_to_end.build(work, end_to_end.rounded(work))
+    graph, params = end_to_end.build(work, end_to_end.read_rounded)
     mean = end_to_end.train(work, graph, params, trajectories, [])
     leaf = mean["single_blocks"]["linear1"]["shadow"]
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
@@ -44,13 +44,11 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_have_one_devices_losses(tmp_path):
     tiny.teacher(tmp_path)
-    environment = tiny.environment(8)
-    environment["PYTHONPATH"] += f":{tiny.ROOT / 'tests'}"
-    done = subprocess.run(
-        [sys.executable, "-c", EIGHT, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", EIGHT, str(tmp_path)]
+    done = subprocess.run(command, env=tiny.environment(8), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     one = found.pop("one")

@@ -1,0 +1,28 @@
+"""Types of the fields of a JSON object: one check for PNG records, prompt files and evaluators' results.
+
+In: an object as `json.loads` gives it, and key -> type. Out: the keys that are wrong, or UserError, one sentence.
+"""
+
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, get_args
+
+from flux_jax.errors import UserError
+
+Types = Mapping[str, type | UnionType]
+
+
+def wrong_fields(data: Mapping[str, Any], types: Types) -> list[str]:
+    """The keys of `types` whose value is of another type, in their order. A missing key has the value None; true and
+    false are no numbers, though they are to Python."""
+    return [key for key, kind in types.items() if not _fits(data.get(key), kind)]
+
+
+def check_fields(data: Mapping[str, Any], types: Types, where: str) -> None:
+    """Raises UserError, with all `wrong_fields` of what is called `where`, unless there are none."""
+    if wrong := wrong_fields(data, types):
+        raise UserError(f"{where} lacks, or has the wrong type in: {', '.join(wrong)}.")
+
+
+def _fits(value: Any, kind: type | UnionType) -> bool:
+    return bool in (kind, *get_args(kind)) if isinstance(value, bool) else isinstance(value, kind)

@@ -1,0 +1,127 @@
+"""What a call draws: arguments in diffusers' names become a request with every number decided, checked once.
+
+In: prompts or their embeddings, a size in pixels, steps, guidance, seeds or noise; what is None is the model's own
+default. Out: `SamplingRequest`, or a UserError of one sentence. Nothing here computes on a device.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from flux_jax import validation
+from flux_jax.config import FluxConfig
+from flux_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingRequest:
+    """Images that differ in prompt and seed only; each tuple has an entry for each image. height and width in pixels.
+
+    negative_prompts: with true_cfg above 1, "" where there is none. embeddings: (text [p, t, d], pooled [p, d]) of p
+    prompts in place of these, each for as many images in a row; latents: noise float32 [b, i, c] in place of what the
+    seeds give. notices: sentences for the user about what was changed or has no effect.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    true_cfg: float
+    max_sequence_length: int
+    negative_prompts: tuple[str, ...] = ()
+    embeddings: tuple[Any, Any] | None = None
+    latents: np.ndarray | None = None
+    notices: tuple[str, ...] = ()
+
+    @classmethod
+    def checked(
+        cls,
+        config: FluxConfig,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: int | float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        latents: Any = None,
+        prompt_embeds: Any = None,
+        pooled_prompt_embeds: Any = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        true_cfg_scale: int | float = 1.0,
+        max_sequence_length: int | None = None,
+    ) -> "SamplingRequest":
+        """The request of `FluxPipeline.__call__`'s arguments, which describes them. UserError where
+        there is nothing to draw."""
+        defaults = config.sampling
+        steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        length = defaults.max_sequence_length if max_sequence_length is None else max_sequence_length
+        validation.check_numbers(
+            config, steps=steps, guidance=guidance, true_cfg=true_cfg_scale, max_sequence_length=length
+        )
+        height, width, notices = validation.fit_size(
+            config, defaults.height if height is None else height, defaults.width if width is None else width
+        )
+        if (prompt is None) == (prompt_embeds is None) or (prompt_embeds is None) != (pooled_prompt_embeds is None):
+            raise UserError("Pass either a prompt, or both prompt_embeds and pooled_prompt_embeds.")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        count = len(prompts) if prompt_embeds is None else len(prompt_embeds)
+        one = negative_prompt is None or isinstance(negative_prompt, str)
+        negatives = [negative_prompt or ""] * count if one else list(negative_prompt)
+        if len(negatives) != count or count == 0:
+            raise UserError(
+                f"{count} prompts and {len(negatives)} negative prompts; pass one for each, or one for all."
+            )
+        if negative_prompt is not None and true_cfg_scale == 1:
+            notices.append("negative_prompt has no effect while true_cfg_scale is 1; try 3 (2x slower).")
+        if num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}.")
+        prompts = [validation.check_prompt(each) for each in prompts]
+        embeddings = None
+        if prompt_embeds is not None:
+            embeddings = _embeddings(config, prompt_embeds, pooled_prompt_embeds, count)
+        seeds = validation.seeds_of(seed, count * num_images_per_prompt)
+        tokens = height * width // config.pixels_per_token**2
+        return cls(
+            prompts=tuple(each for each in prompts for _ in range(num_images_per_prompt)),
+            seeds=tuple(seeds),
+            height=height,
+            width=width,
+            steps=steps,
+            guidance=guidance,
+            true_cfg=true_cfg_scale,
+            max_sequence_length=length,
+            negative_prompts=tuple(each for each in negatives for _ in range(num_images_per_prompt))
+            if true_cfg_scale > 1
+            else (),
+            embeddings=embeddings,
+            latents=None if latents is None else _noise(config, latents, len(seeds), tokens),
+            notices=tuple(notices),
+        )
+
+
+def _embeddings(config: FluxConfig, text: Any, pooled: Any, count: int) -> tuple[Any, Any]:
+    """(text [b, t, d], pooled [b, p]) of the prompts, checked."""
+    text, pooled = (each if hasattr(each, "ndim") else np.asarray(each) for each in (text, pooled))
+    dims = config.transformer
+    if text.ndim != 3 or pooled.shape != (count, dims.pooled_dim) or text.shape[2] != dims.text_dim:
+        raise UserError(
+            f"prompt_embeds must be [b, t, {dims.text_dim}] and pooled_prompt_embeds [b, {dims.pooled_dim}], "
+            f"not {list(text.shape)} and {list(pooled.shape)}."
+        )
+    return text, pooled
+
+
+def _noise(config: FluxConfig, latents: Any, images: int, tokens: int) -> np.ndarray:
+    noise, shape = np.asarray(latents, np.float32), (images, tokens, config.transformer.in_channels)
+    if noise.shape != shape:
+        raise UserError(
+            f"latents must be packed tokens {list(shape)} (pictures, tokens, channels), not {list(noise.shape)}."
+        )
+    return noise

@@ -1,0 +1,81 @@
+"""What all programs share: the script `flux-jax`, the guard with its exit statuses, the library's words as flags."""
+
+import importlib
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from flux_jax import validation
+from flux_jax.cli import main
+from flux_jax.errors import UserError
+from pallas_kernels.dispatch import ACTIVATIONS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", main.PROGRAMS)
+def test_every_program_is_behind_the_script_and_behind_python_m(name, capsys):
+    module, _ = main.PROGRAMS[name]
+    with pytest.raises(SystemExit) as stopped:
+        main.main([name, "--help"])
+    assert stopped.value.code == 0
+    called = "convert" if name == "convert" else f"flux_jax.{name}"
+    assert f"usage: python -m {called}" in capsys.readouterr().out
+    behind = importlib.import_module(called if name.count(".") or name == "convert" else f"flux_jax.{name}")
+    stub = importlib.import_module(f"{called}.__main__") if hasattr(behind, "__path__") else behind
+    assert stub.main is importlib.import_module(module).main
+
+
+def test_the_script_says_what_there_is(capsys):
+    with pytest.raises(SystemExit):
+        main.main([])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in main.PROGRAMS)
+    assert main.main(["draw"]) == 2
+    assert "'draw'" in capsys.readouterr().err
+
+
+def test_the_script_runs_a_program():
+    command = [sys.executable, "-m", "flux_jax", "prompts", "count", "missing.txt"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "missing.txt" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (UserError("Nothing to draw."), 2, "Nothing to draw."),
+        (UserError("No weights.", 3), 3, "No weights."),
+        (UserError('Try offload="layers" or overwrite=True.'), 2, "Try --offload layers or --overwrite."),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (MemoryError(), 4, "Out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."), 4, "Out of memory"),
+        (OSError(28, "No space left on device"), 2, "The disk is full"),
+    ],
+)
+def test_foreseeable_failures_are_a_sentence_and_a_status(error, status, words, capsys):
+    def fail():
+        raise error
+
+    assert main.guarded(fail) == status
+    assert capsys.readouterr().err.startswith(words)
+
+
+def test_other_failures_are_raised_and_warnings_are_sentences(capsys):
+    with pytest.raises(ZeroDivisionError):
+        main.guarded(lambda: 1 / 0)
+    assert main.guarded(lambda: warnings.warn("Expect noise.", stacklevel=1)) == 0
+    assert capsys.readouterr().err == "Expect noise.\n"
+
+
+def test_words_that_are_no_arguments_stay():
+    words = 'height 30 is no multiple; a mesh of data=2,model=4, "quoted", x == True'
+    assert main.in_flags(words) == words
+
+
+def test_what_is_said_without_jax_is_what_the_kernels_know():
+    assert validation.ACTIVATIONS == ACTIVATIONS
