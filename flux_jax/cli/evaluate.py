@@ -18,7 +18,7 @@ NO_MEMORY = "Out of memory; choose a smaller --size, or a model with @dtype=bflo
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status; a user's mistake is one sentence on stderr."""
     words = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: run(words), interrupted=INTERRUPTED, no_memory=NO_MEMORY)
+    return guarded(run, words, interrupted=INTERRUPTED, no_memory=NO_MEMORY)
 
 
 def run(argv: Sequence[str]) -> None:

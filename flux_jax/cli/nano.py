@@ -34,7 +34,7 @@ RECIPES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one phase and returns the exit status; a user's mistake is one sentence on stderr and status 2."""
     words = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: run(words), interrupted="Interrupted; the same command goes on from the last checkpoint.")
+    return guarded(run, words, interrupted="Interrupted; the same command goes on from the last checkpoint.")
 
 
 def run(argv: Sequence[str]) -> None:

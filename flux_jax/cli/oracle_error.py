@@ -13,7 +13,7 @@ from flux_jax.cli.main import Parser, guarded, program
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return guarded(lambda: run(sys.argv[1:] if argv is None else argv))
+    return guarded(run, sys.argv[1:] if argv is None else argv)
 
 
 def run(argv: Sequence[str]) -> None:

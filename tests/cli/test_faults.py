@@ -83,6 +83,7 @@ def test_damaged_sums(model, text, snapshot_message):
         checksums.check(model)
 
 
+@pytest.mark.slow
 def test_too_large_a_picture_is_refused_before_it_takes_the_memory(
     model, tmp_path, capsys, monkeypatch, snapshot_message
 ):

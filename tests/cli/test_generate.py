@@ -382,6 +382,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_second_process_compiles_nothing_and_repeats_the_bits(model, tmp_path):
     environment = {**os.environ, "FLUX_JAX_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
 

@@ -156,14 +156,13 @@ def test_without_prompts_flux_nanos_captions_are_drawn(models, tmp_path, monkeyp
 @pytest.mark.slow
 def test_kernel_and_no_kernel_draw_the_same_up_to_rounding(ternary, prompts, tmp_path, capsys):
     """The Triton kernel, interpreted, against XLA; then floating activations against int8, which are not the same."""
-    model = ternary
-    assert run(f"{model}@kernel=xla", f"{model}@kernel=interpret", prompts, tmp_path / "kernel", "--json") == 0
+    assert run(f"{ternary}@kernel=xla", f"{ternary}@kernel=interpret", prompts, tmp_path / "kernel", "--json") == 0
     out, err = capsys.readouterr()
     found = json.loads(out)["summary"]
     assert found["same"] == found["pictures"] == 3
     assert max(found["latent_errors_largest"]) < 1e-4
     assert "the same up to rounding" in err or "identical" in err
-    assert run(f"{model}@kernel=xla", f"{model}@activations=int8", prompts, tmp_path / "int8", "--json") == 0
+    assert run(f"{ternary}@kernel=xla", f"{ternary}@activations=int8", prompts, tmp_path / "int8", "--json") == 0
     assert max(json.loads(capsys.readouterr().out)["summary"]["latent_errors_largest"]) > 1e-3
 
 

@@ -228,6 +228,7 @@ def test_trajectories_are_the_pipelines(folder, tmp_path):
         assert np.abs(end - x[0]).max() > 0.5
 
 
+@pytest.mark.slow
 def test_while_codes_are_frozen_none_flips_and_all_floats_learn(folder, tmp_path):
     options = dataclasses.replace(tiny.OPTIONS, dtype="float32", phases="end_to_end", own_trajectories=0)
     means = []

@@ -83,6 +83,7 @@ def test_several_devices_make_the_same_pictures(model, metadata, tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_t2i_compbench_command_for_all_categories(model, tmp_path, capsys):
     from flux_jax.evaluate.benchmarks import CATEGORIES
 

@@ -21,7 +21,7 @@ def normalized(x, shift, scale):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * (1 + scale) + shift
 
 
-@pytest.mark.parametrize(("m", "d"), [(1, 64), (7, 96), (5, 1152)])
+@pytest.mark.parametrize(("m", "d"), [pytest.param(1, 64, marks=pytest.mark.slow), (7, 96), (5, 1152)])
 def test_norm_modulate_quantize(m, d, implementation):
     r = rng(m, d)
     x, shift, scale = r.normal(3, 2, (m, d)), r.normal(size=d), r.normal(size=d) / 2
@@ -34,7 +34,9 @@ def test_norm_modulate_quantize(m, d, implementation):
     assert np.abs(np.asarray(q, np.float64) - ratio).max() < 0.5 + 1e-3
 
 
-@pytest.mark.parametrize(("m", "widths"), [(1, (64,)), (5, (96, 33)), (3, (1152, 4096))])
+@pytest.mark.parametrize(
+    ("m", "widths"), [(1, (64,)), (5, (96, 33)), pytest.param(3, (1152, 4096), marks=pytest.mark.slow)]
+)
 def test_concatenate_quantize(m, widths, implementation):
     x = np.asarray(rng(m).normal(1, 2, (m, sum(widths))), np.float32)
     x[0] = 0  # a row of zeros keeps a scale above zero
@@ -98,7 +100,9 @@ def test_gelu_quantize(implementation):
     assert np.abs(np.asarray(got, np.float64) - np.clip(gelu / step, -127, 127)).max() < 0.5 + 1e-2
 
 
-@pytest.mark.parametrize(("m", "head"), [(7, 16), (32, 16), (7, 12)])
+@pytest.mark.parametrize(
+    ("m", "head"), [*(pytest.param(*case, marks=pytest.mark.slow) for case in ((7, 16), (32, 16))), (7, 12)]
+)
 def test_norm_rotary(m, head, implementation):
     """Of two heads in the middle of the channels; a head of a width that is no tile's, too."""
     first, last = head, 3 * head

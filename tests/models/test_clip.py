@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
+import tiny_model
 from flax import nnx
 
 from flux_jax.config import CLIPConfig, dev
@@ -26,6 +27,10 @@ def random_ids(config, lengths, total):
 
 
 run = jax.jit(lambda model, ids: model(ids))
+
+
+def filled(config):
+    return tiny_model.filled(nnx.eval_shape(lambda: CLIPText(config, rngs=nnx.Rngs(0))), np.random.default_rng(0))
 
 
 def pooled(model, ids):
@@ -56,7 +61,7 @@ def test_equals_transformers(activation, eos_token_id, lengths, total):
 @pytest.mark.parametrize("eos_token_id", [2, 5])
 def test_pools_at_the_first_end_of_text(eos_token_id):
     config = dataclasses.replace(SMALL, eos_token_id=eos_token_id)
-    model = CLIPText(config, rngs=nnx.Rngs(0))
+    model = filled(config)
     ids = random_ids(config, (4, 9), 20)
     np.testing.assert_array_equal(model.end_of_text(jnp.asarray(ids)), [4, 9])
     behind = ids.copy()
@@ -68,14 +73,14 @@ def test_pools_at_the_first_end_of_text(eos_token_id):
 
 
 def test_more_tokens_than_positions_are_refused(snapshot_message):
-    model = CLIPText(SMALL, rngs=nnx.Rngs(0))
+    model = filled(SMALL)
     with snapshot_message.raises(ValueError, 21, 20):
         model(jnp.zeros((1, 21), jnp.int32))
 
 
 def test_bfloat16_stays_close_to_float32():
     ids = random_ids(SMALL, (4, 19, 11), 20)
-    exact = CLIPText(SMALL, rngs=nnx.Rngs(0))
+    exact = filled(SMALL)
     expected, actual = pooled(exact, ids), pooled(jax.tree.map(lambda p: p.astype(jnp.bfloat16), exact), ids)
     assert actual.dtype == jnp.bfloat16
     actual = actual.astype(np.float32)

@@ -70,7 +70,10 @@ def inputs(config):
 # 10 linears outside of the blocks, 13 in a block of each kind, and two products of each of their attentions.
 @pytest.mark.parametrize(
     ("weights", "count"),
-    [("dense", 27), ("int8", 14), *(pytest.param(kind, 27, marks=pytest.mark.slow) for kind in ("bf16", "student"))],
+    [
+        ("dense", 27),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bf16", 27), ("int8", 14), ("student", 27))),
+    ],
 )
 def test_transformer(modules, weights, count):
     """Dense, ternary with either kind of activations (int8 are not products of float32), and while it learns."""

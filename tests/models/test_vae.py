@@ -27,7 +27,13 @@ def latents(config, batch=2, height=6, width=8):
     return np.random.default_rng(6).normal(size=(batch, height, width, config.latent_channels)).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=[(8, 16, 24, 24), (12, 8)], ids=["four levels", "two levels"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((8, 16, 24, 24), id="four levels"),
+        pytest.param((12, 8), id="two levels", marks=pytest.mark.slow),
+    ],
+)
 def pair(request):
     """(tests.torch_reference, its module with random weights, the VAE converted from it)."""
     torch_reference = pytest.importorskip("torch_reference")
