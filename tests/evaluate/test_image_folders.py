@@ -162,8 +162,12 @@ def test_ctrl_c_stops_after_the_picture_that_is_being_drawn(tmp_path):
 
         return interrupted
 
-    with pytest.raises(KeyboardInterrupt):
-        image_folders.make(PICTURES, tmp_path, on, record, ["one"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            image_folders.make(PICTURES, tmp_path, on, record, ["one"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(list(tmp_path.rglob("*.png"))) == 3
     assert make(painter, tmp_path) == 7
 
