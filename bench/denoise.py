@@ -84,9 +84,9 @@ def attention_by_xla() -> Iterator[None]:
 
 def in_own_process(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """The same by a new process; {"failure": why} where it failed."""
-    words = ["--trial", name, "--samples", str(args.samples), "--steps", *map(str, args.steps)]
-    words += ["--tiny"] if args.tiny else []
-    return process.run(["-m", "bench.denoise", *words], seconds=min(args.trial_seconds, seconds)).result()
+    arguments = ["--trial", name, "--samples", str(args.samples), "--steps", *map(str, args.steps)]
+    arguments += ["--tiny"] if args.tiny else []
+    return process.run(["-m", "bench.denoise", *arguments], seconds=min(args.trial_seconds, seconds)).result()
 
 
 def write(journal: Journal, name: str, found: dict[str, Any]) -> None:

@@ -117,8 +117,8 @@ def main(argv: Sequence[str]) -> None:
     print(report.table(header, cells))
     report.finish("distill_steps", {"steps": args.steps, "blocks": rows}, save=args.save)
     bad = [(row["kind"], row.get("failure") or row.get("wrong")) for row in rows]
-    if said := "; ".join(f"{kind}: {why}" for kind, why in bad if why):
-        raise UserError(said, 1)
+    if failures := "; ".join(f"{kind}: {why}" for kind, why in bad if why):
+        raise UserError(failures, 1)
 
 
 if __name__ == "__main__":

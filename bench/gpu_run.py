@@ -28,7 +28,7 @@ from flux_jax.errors import UserError
 NO_TRITON_GEMM = "--xla_gpu_enable_triton_gemm=false"  # XLA tries cuBLAS alone: seconds of autotuning, not minutes
 QUICK_COMPILING = "--xla_backend_optimization_level=0"  # for a rehearsal, in which nothing is timed
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
-OUT = "{out}"  # in a step's words: the visit's folder
+OUT = "{out}"  # in a step's arguments: the visit's folder
 RESERVE = 3.0  # seconds at the end for the summary
 MARGIN = 8.0  # seconds before its box's end, counted from behind its imports, after which a step begins nothing more
 TINY_BOX, TINY_LANES = 300.0, 2  # seconds of a step that only rehearses; so many at a time, since nothing is timed
@@ -36,12 +36,12 @@ DEVICE_TESTS = [f"tests/kernels/test_{name}.py" for name in ("triton", "fused", 
 
 
 class Step(NamedTuple):
-    """One step. words: behind `python`, to which come --rows, --label, --seconds and, for a rehearsal, --tiny; box: the
-    seconds it may take; least: those without which it is not begun; env: variables of its own; tiny: words of a
+    """One step. arguments: behind `python`, to which come --rows, --label, --seconds and, for a rehearsal, --tiny; box:
+    the seconds it may take; least: those without which it is not begun; env: variables of its own; tiny: arguments of a
     rehearsal, where they are others; triton_gemm: whether XLA may try its own matrix products in Triton. `OUT` in a
     word is the visit's folder."""
 
-    words: Sequence[str]
+    arguments: Sequence[str]
     box: float
     least: float
     env: Mapping[str, str] = MappingProxyType({})
@@ -49,21 +49,23 @@ class Step(NamedTuple):
     triton_gemm: bool = False
 
 
-def _bench(name: str, *words: str) -> list[str]:
-    return ["-m", f"bench.{name}", *words]
+def _bench(name: str, *arguments: str) -> list[str]:
+    return ["-m", f"bench.{name}", *arguments]
 
 
 def _picture(name: str, box: float = 80) -> Step:
-    words = _bench("denoise", "--trial", name)
-    return Step([*words, "--steps", "8", "--samples", "4"], box, 40, tiny=[*words, "--steps", "2", "--samples", "1"])
+    arguments = _bench("denoise", "--trial", name)
+    return Step(
+        [*arguments, "--steps", "8", "--samples", "4"], box, 40, tiny=[*arguments, "--steps", "2", "--samples", "1"]
+    )
 
 
 def _tests(*files: str) -> list[str]:
     """pytest with a plugin that writes rows; without the type checker and further processes where they are missing."""
-    words = ["-m", "pytest", "-p", "bench.pytest_rows", *files, "-q", "--tb=line", "-p", "no:cacheprovider"]
+    arguments = ["-m", "pytest", "-p", "bench.pytest_rows", *files, "-q", "--tb=line", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") and len(files) > 1:
-        words += ["-n", "6"]
-    return words if importlib.util.find_spec("beartype") else [*words, "-o", "addopts=--import-mode=importlib"]
+        arguments += ["-n", "6"]
+    return arguments if importlib.util.find_spec("beartype") else [*arguments, "-o", "addopts=--import-mode=importlib"]
 
 
 XLA_PRODUCTS = _bench("kernels", "--implementations", "A8 scratch", "fp8 scratch", "--m")
@@ -148,12 +150,12 @@ class Visit:
         if left < step.least:
             return self._ended(name, skipped=f"{max(0.0, left):.0f} s left")
         box = min(TINY_BOX if self.tiny else step.box, left)
-        words = step.tiny if self.tiny and step.tiny else step.words
+        arguments = step.tiny if self.tiny and step.tiny else step.arguments
         begin = max(box - MARGIN, box / 2)
         options = ["--rows", str(self.path), "--label", name, "--seconds", f"{begin:.1f}", *["--tiny"] * self.tiny]
         try:
             ended = process.run(
-                [*(word.replace(OUT, str(self.out)) for word in words), *options],
+                [*(word.replace(OUT, str(self.out)) for word in arguments), *options],
                 seconds=box,
                 env=environment(step, self.tiny),
                 log=self.out / "log.txt",
@@ -178,8 +180,8 @@ def main(argv: Sequence[str], steps: Mapping[str, Step] = STEPS) -> None:
     """UserError, with status 1, where a result is wrong or a step failed."""
     args = options(argv)
     if args.reference:
-        words = _bench("nano_latents", "--reference", str(args.reference.resolve()), *["--tiny"] * args.tiny)
-        if failure := process.run(words, env=environment()).failure:
+        arguments = _bench("nano_latents", "--reference", str(args.reference.resolve()), *["--tiny"] * args.tiny)
+        if failure := process.run(arguments, env=environment()).failure:
             raise UserError(failure, 1)
         return
     names = args.steps or [name for name in steps if args.tiny or name not in LATER]

@@ -49,8 +49,8 @@ class Journal:
             found = job()
         except Exception as error:  # whatever one result raises must not cost the others
             found = {"failure": sentence(error)}
-            said = "".join(traceback.format_exception(error, limit=-FRAMES))
-            print(textwrap.indent(said, "  "), file=sys.stderr, flush=True)
+            trace = "".join(traceback.format_exception(error, limit=-FRAMES))
+            print(textwrap.indent(trace, "  "), file=sys.stderr, flush=True)
         return self.row(**labels, **found)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from bench import report
 from flux_jax.errors import UserError
+from flux_jax.runtime.environment import version_of
 from flux_jax.runtime.memory import host_memory
 
 PACKAGES = (
@@ -39,8 +40,8 @@ def card() -> dict[str, Any]:
     if shutil.which("nvidia-smi") is None:
         return {"skipped": "no nvidia-smi"}
     words = ["nvidia-smi", f"--query-gpu={CARD}", "--format=csv,noheader"]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    return dict(zip(CARD.split(","), (value.strip() for value in said.splitlines()[0].split(",")), strict=True))
+    printed = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return dict(zip(CARD.split(","), (value.strip() for value in printed.splitlines()[0].split(",")), strict=True))
 
 
 def device() -> dict[str, Any]:
@@ -61,7 +62,7 @@ def imports() -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     args = report.parser("machine", __doc__, tiny="the same").parse_args(argv)
     journal = report.journal(args)
-    versions = {"python": platform.python_version()} | {name: report.version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
     journal.row(versions=", ".join(f"{name} {version}" for name, version in versions.items() if version))
     journal.row(absent=", ".join(name for name, version in versions.items() if not version))
     rows = [journal.attempt({}, job) for job in (host, card, device, imports)]

@@ -113,8 +113,8 @@ def main(argv: Sequence[str]) -> None:
     header = ["m", "n", "k", "implementation", "variant", "us", "quartiles", "TFLOP/s", "error"]
     table = ([*map(row.get, header[:5]), *timing.cells(row), row.get("tflops"), row.get("error")] for row in rows)
     print(report.table(header, table), "\n")
-    said = found.get("failure") or found.get("skipped")
-    print(said or f"the best of Mosaic is {found['ahead_percent']:.1f} % quicker than the best of Triton", "\n")
+    outcome = found.get("failure") or found.get("skipped")
+    print(outcome or f"the best of Mosaic is {found['ahead_percent']:.1f} % quicker than the best of Triton", "\n")
     report.finish("mosaic", {"tiny": args.tiny, "verdict": found, "rows": rows}, save=args.save)
     timing.refuse_wrong(rows)
 

@@ -1,6 +1,6 @@
 """A benchmark in a process of its own, with a time box: whatever becomes of it costs only itself.
 
-In: the words behind `python`, seconds, environment variables. Out: `Ended`: how it ended and what it printed. The
+In: the arguments behind `python`, seconds, environment variables. Out: `Ended`: how it ended and what it printed. The
 process leads a group of its own, which is killed as a whole at the end of its box, so that no compiler or test that it
 started lives on; and it dies with the process that started it, whatever ended that. What it prints is read as it comes,
 and copied to a log where one is given: the process never meets a full disk or a full pipe.
@@ -51,9 +51,9 @@ class Ended(NamedTuple):
             return f"killed at its time box, after {self.seconds:.0f} s"
         if self.status < 0:
             return f"killed by {signal.Signals(-self.status).name}"
-        said = [line for line in self.err if line[:1].strip()]  # what is indented only explains
-        said = [line for line in said if "Error" in line] or said
-        return said[-1].strip()[:300] if said else f"exit status {self.status}"
+        reported = [line for line in self.err if line[:1].strip()]  # what is indented only explains
+        reported = [line for line in reported if "Error" in line] or reported
+        return reported[-1].strip()[:300] if reported else f"exit status {self.status}"
 
     def result(self) -> dict[str, Any]:
         """The JSON object that it printed last, or {"failure": why}."""
@@ -66,13 +66,17 @@ class Ended(NamedTuple):
 
 
 def run(
-    words: Sequence[str], *, seconds: float | None = None, env: Mapping[str, str] | None = None, log: Path | None = None
+    arguments: Sequence[str],
+    *,
+    seconds: float | None = None,
+    env: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> Ended:
     """`python WORDS` in the clone's root, for so many seconds at most (None: as long as it takes). env: variables on
     top of this process's. Never raises for what the process does."""
     begun = time.monotonic()
     child = subprocess.Popen(
-        [sys.executable, "-ISc", START, str(os.getpid()), *words],
+        [sys.executable, "-ISc", START, str(os.getpid()), *arguments],
         cwd=ROOT,
         env={**os.environ, **(env or {})},
         stdin=subprocess.DEVNULL,

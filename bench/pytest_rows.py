@@ -55,8 +55,8 @@ class _Rows:
             self._failed(report)
 
     def _failed(self, report: pytest.CollectReport | pytest.TestReport) -> None:
-        said = str(report.longrepr).strip().splitlines()
-        why = next((line for line in said if line.startswith("E ")), said[-1] if said else "")
+        lines = str(report.longrepr).strip().splitlines()
+        why = next((line for line in lines if line.startswith("E ")), lines[-1] if lines else "")
         self.journal.row(test=report.nodeid, failure=why.removeprefix("E ").strip()[:SENTENCE])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -7,7 +7,6 @@ errors go to stderr.
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import math
 import os
@@ -19,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.journal import Journal
-from flux_jax.errors import UserError
+from flux_jax.cli.main import guarded, say
+from flux_jax.errors import DISTRIBUTION, UserError
 from flux_jax.io.atomic import write_whole
+from flux_jax.runtime.environment import version_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -85,30 +86,17 @@ def _is_number(cell: str) -> bool:
     return cell == "-" or cell.replace(",", "").replace(".", "").replace("e", "").strip("+-x%").isdigit()
 
 
-def say(text: str) -> None:
-    """Progress, to stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def versions() -> dict[str, str]:
     """Of Python, this package and JAX's parts, as far as they are installed."""
-    found = {"python": platform.python_version(), "flux-jax-ternary": version("flux-jax-ternary") or "clone"}
-    return found | {name: found_version for name in PACKAGES if (found_version := version(name))}
-
-
-def version(package: str) -> str | None:
-    """Of a package, None where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    found = {"python": platform.python_version(), DISTRIBUTION: version_of(DISTRIBUTION) or "clone"}
+    return found | {name: version for name in PACKAGES if (version := version_of(name))}
 
 
 def commit() -> str | None:
     """The clone's commit, with "-dirty" where tracked files differ from it; None outside a clone."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
 
     try:
         return git("rev-parse", "HEAD").strip() + ("-dirty" if git("status", "--porcelain", "-uno") else "")
@@ -158,10 +146,10 @@ def finish(name: str, figures: dict[str, Any], *, save: Path | None = None, on: 
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> int:
-    """`main` on the command line's words; a user's mistake is one sentence on stderr. Returns the exit status."""
-    try:
-        main(sys.argv[1:])
-        return 0
-    except UserError as error:
-        say(str(error))
-        return error.exit_code
+    """`main` on the command line, whatever it returns; foreseeable failures are sentences on stderr. Returns the exit
+    status."""
+
+    def command(argv: Sequence[str]) -> None:
+        main(argv)
+
+    return guarded(command)

@@ -68,15 +68,15 @@ def inspect(gpu: str, function: Any, args: tuple[Any, ...]) -> Code:
         (launch,) = re.findall(r"threads: \[(\d+).*shared_memory: (\d+)", _only(dump.glob("*thunk_sequence.txt")))
         cubin = dump / "kernel.cubin"
         command = [ptxas, "-v", f"-arch={aot.target(gpu).architecture.name}", str(ptx), "-o", str(cubin)]
-        said = subprocess.run(command, capture_output=True, text=True)
-        if said.returncode:
-            raise UserError(f"ptxas refuses the kernel for {gpu}: {said.stderr.strip()}")
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"ptxas refuses the kernel for {gpu}: {done.stderr.strip()}")
         sass = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
         mma = Counter(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)[\w.:]*", ptx.read_text()))
     code = parse(sass)
     return Code(
-        registers=max(map(int, re.findall(r"Used (\d+) registers", said.stderr))),
-        spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", said.stderr))),
+        registers=max(map(int, re.findall(r"Used (\d+) registers", done.stderr))),
+        spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr))),
         shared_bytes=int(launch[1]),
         threads=int(launch[0]),
         mma=dict(mma),

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from flux_jax.cli.main import Parser, guarded, program, say
 from flux_jax.errors import UserError
@@ -61,26 +62,33 @@ def parser() -> Parser:
     return p
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return guarded(
-        lambda: run(parser().parse_args(words)),
-        interrupted="interrupted: nothing was left behind; run the same command again",
-    )
+    return guarded(run, argv, interrupted="interrupted: nothing was left behind; run the same command again")
 
 
-def run(args: argparse.Namespace) -> None:
-    """What the parsed arguments ask for. Raises UserError."""
-    if args.to == "diffusers":
-        from convert.export import export
+def run(argv: Sequence[str]) -> None:
+    """What the arguments ask for. Raises UserError."""
+    args = parser().parse_args(argv)
+    warnings = to_diffusers(args) if args.to == "diffusers" else to_checkpoint(args)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    print(args.out)
 
-        if args.ternary is not None:
-            raise UserError("--ternary rounds a checkpoint of flux_jax: leave it out, or leave out --to diffusers")
-        export(args.source, args.out, quiet=args.quiet)
-        print(args.out)
-        return
-    from convert import hub, sources, weight_format
+
+def to_diffusers(args: argparse.Namespace) -> list[str]:
+    """Exports, and returns what the user should know."""
+    from convert.export import export
+
+    if args.ternary is not None:
+        raise UserError("--ternary rounds a checkpoint of flux_jax: leave it out, or leave out --to diffusers")
+    export(args.source, args.out, quiet=args.quiet)
+    return []
+
+
+def to_checkpoint(args: argparse.Namespace) -> list[str]:
+    """Converts, or rounds a checkpoint that is there already, and returns what the user should know."""
+    from convert import weight_format
     from convert.run import convert, rewrite
     from flux_jax.checkpoints.checkpoint import Checkpoint, is_checkpoint
 
@@ -91,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--ternary rounds the transformer, which --parts leaves out")
     if args.out.exists() and not args.overwrite:  # said before anything is downloaded
         raise UserError(f"{args.out} exists already: choose another name, or give --overwrite to replace it")
-    how: dict = {
+    how: dict[str, Any] = {
         "form": weight_format.WeightFormat(args.dtype, args.ternary),
         "overwrite": args.overwrite,
         "quiet": args.quiet,
@@ -104,26 +112,31 @@ def run(args: argparse.Namespace) -> None:
             )
         warnings = rewrite(args.source, args.out, components=components, **how)
     else:
-        source, origin = Path(args.source), None
-        if hub.is_hub_name(args.source):
-            needed = [component for component in components or COMPONENTS if component not in options]
-            source, origin = hub.fetch(args.source, needed), args.source
-        model = sources.find(
-            source,
-            options=options,
-            tokenizers=args.tokenizers,
-            components=components,
-            config=args.config,
-            origin=origin,
-        )
-        warnings = convert(model, args.out, **how)
+        warnings = convert(published(args, components, options), args.out, **how)
     if args.ternary is not None:
         warnings.append(weight_format.WARNING)
         if not args.quiet:
             say(quantization_report(Checkpoint.open(args.out).config))
-    for warning in warnings:
-        say(f"warning: {warning}")
-    print(args.out)
+    return warnings
+
+
+def published(args: argparse.Namespace, components: tuple[str, ...] | None, options: dict[str, Path]) -> Any:
+    """The files to convert, those of the hub fetched first. components: the ones wanted, None: all; options: those that
+    come from elsewhere."""
+    from convert import hub, sources
+
+    source, origin = Path(args.source), None
+    if hub.is_hub_name(args.source):
+        needed = [component for component in components or COMPONENTS if component not in options]
+        source, origin = hub.fetch(args.source, needed), args.source
+    return sources.find(
+        source,
+        options=options,
+        tokenizers=args.tokenizers,
+        components=components,
+        config=args.config,
+        origin=origin,
+    )
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ _TARGET: ContextVar[Target | None] = ContextVar("target", default=None)
 
 def current_target() -> Target:
     """The device that JAX would use now, or what `compiling_for` says."""
-    if (told := _TARGET.get()) is not None:
-        return told
+    if (chosen := _TARGET.get()) is not None:
+        return chosen
     device = getattr(jax.config, "jax_default_device", None)
     if not isinstance(device, jax.Device):
         device = jax.devices(device)[0]

@@ -4,7 +4,6 @@ In: a config, weights by outside name, tokenizers, further files. Out: the direc
 `flux_jax.checkpoints.checkpoint` describes, or nothing.
 """
 
-import importlib.metadata
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +16,12 @@ from flux_jax.checkpoints import checksums
 from flux_jax.checkpoints.manifest import MANIFEST, TOKENIZERS, VERSION, lined_json
 from flux_jax.checkpoints.orbax_writer import OrbaxWriter
 from flux_jax.config import FluxConfig
-from flux_jax.errors import UserError
+from flux_jax.errors import DISTRIBUTION, UserError
 from flux_jax.io.atomic import begin, disk_is_full, publish, working_name
 from flux_jax.models.params import leaves
+from flux_jax.runtime.environment import version_of
 
-PACKAGES = ("flux-jax-ternary", "jax", "flax", "orbax-checkpoint", "numpy")
+PACKAGES = (DISTRIBUTION, "jax", "flax", "orbax-checkpoint", "numpy")
 
 
 def save(
@@ -119,7 +119,7 @@ class CheckpointWriter:
             "configs": config.to_json(),
             "quantization": quantization,
             "source": source,
-            "versions": {package: _version(package) for package in PACKAGES},
+            "versions": {package: version_of(package) for package in PACKAGES},
             "tokenizers": None if tokenizers is None else TOKENIZERS,
             "parts": {component: {"path": component, "weights": table} for component, table in self._tables.items()},
         }
@@ -128,10 +128,3 @@ class CheckpointWriter:
             note.write_text("Checkpoint commit was successful\n")
         checksums.write(self.working)
         publish(self.working, self.directory)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -108,13 +108,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, with prompts gathered in `prompts` and `seed` a list of integers or None."""
     args = build_parser().parse_intermixed_args(argv)
     # `--seed 1 2 "a red circle"`: an option that takes several values swallows the prompt behind it; hand it back.
-    words = args.seed or []
-    numbers = [w for w in words if re.fullmatch(r"[+-]?\d+", w)]
-    if words[: len(numbers)] != numbers or (words and not numbers):
-        raise UserError(f"--seed takes whole numbers, not {next(w for w in words if w not in numbers)!r}.")
+    values = args.seed or []
+    numbers = [w for w in values if re.fullmatch(r"[+-]?\d+", w)]
+    if values[: len(numbers)] != numbers or (values and not numbers):
+        raise UserError(f"--seed takes whole numbers, not {next(w for w in values if w not in numbers)!r}.")
     args.seed = validation.check_seeds([int(n) for n in numbers]) or None
     args.prompts = [
-        sys.stdin.read().strip() if p == "-" else p for p in [*args.prompts, *words[len(numbers) :], *args.prompt]
+        sys.stdin.read().strip() if p == "-" else p for p in [*args.prompts, *values[len(numbers) :], *args.prompt]
     ]
     if args.quiet and args.verbose:
         raise UserError("-q and -v contradict each other.")

@@ -13,7 +13,6 @@ be). They are taken from the finished pictures: the same command with another of
 import argparse
 import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,7 @@ NEEDED = {"skimage": "scikit-image", "matplotlib": "matplotlib", "jinja2": "jinj
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit status; a user's mistake is one sentence on stderr."""
-    words = sys.argv[1:] if argv is None else argv
-    return guarded(run, words, interrupted=INTERRUPTED, no_memory=NO_MEMORY)
+    return guarded(run, argv, interrupted=INTERRUPTED, no_memory=NO_MEMORY)
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """A dataclass of options as flags of a command line, and back.
 
 In: a dataclass whose fields are made by `flux_jax.training.options.option`. Out: a flag for each field, of its type and
-with its help text; and from the parsed words those options that were given.
+with its help text; and from the parsed arguments those options that were given.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 def add_dataclass_flags(parser: Any, options: type, defaults: Mapping[str, Any] | None = None) -> None:
     """Adds the flags to a parser or a group of one. What is not given is None there: `defaults`, the field's own where
-    it has none, are only told."""
+    it has none, are only in the help text."""
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         kind, default = hints[field.name], (defaults or {}).get(field.name, field.default)

@@ -11,7 +11,6 @@ metrics and their curve; it may be deleted afterwards. The last line on stdout i
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,9 +24,9 @@ from flux_jax.runtime import compilation_cache, watchdog
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a distillation and returns the exit status; a user's mistake is one sentence on stderr and status 2."""
-    words = sys.argv[1:] if argv is None else argv
     return guarded(
-        lambda: run(build_parser().parse_args(words)),
+        run,
+        argv,
         interrupted="Interrupted; the same command goes on from the last checkpoint.",
         no_memory="Out of memory while distilling; try a smaller --block-batch or a larger --accumulate or "
         "--rematerialise or a GPU with more memory.",
@@ -35,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(argv: Sequence[str]) -> None:
+    args = build_parser().parse_args(argv)
     options = Options(**((QUICK if args.quick else LARGE if args.large else {}) | given(Options, args)))
     texts = prompts.read_all(args.prompts)
     connect(args, options)
@@ -66,8 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help=".txt, .jsonl or .tsv files")
     sets = parser.add_mutually_exclusive_group()
     for flag, about, values in (("--quick", "short phases", QUICK), ("--large", "for FLUX.1-dev's size", LARGE)):
-        told = ", ".join(f"{name} {value}" for name, value in values.items())
-        sets.add_argument(flag, action="store_true", help=f"{about}: {told}")
+        listed = ", ".join(f"{name} {value}" for name, value in values.items())
+        sets.add_argument(flag, action="store_true", help=f"{about}: {listed}")
     add("--overwrite", action="store_true", help="replace OUT if it is a checkpoint")
     add("--mesh", metavar="data=N,fsdp=M", help="devices along each axis (default: all along data)")
     add("--coordinator", metavar="HOST:PORT", help="several processes: where the first one listens")

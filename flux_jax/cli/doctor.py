@@ -18,7 +18,7 @@ from pathlib import Path
 from flux_jax.cli.main import Parser, guarded, program, say
 from flux_jax.errors import DISTRIBUTION, UserError, pip_install
 from flux_jax.runtime import compilation_cache, memory
-from flux_jax.runtime.environment import set_environment
+from flux_jax.runtime.environment import set_environment, version_of
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DRIVER = 580  # the first driver for CUDA 13. Source: NVIDIA's CUDA Toolkit release notes, table of driver versions
@@ -41,14 +41,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.status:4} {self.name:14} {self.text}" + (f" -> {self.fix}" if self.fix else "")
-
-
-def version_of(package: str) -> str | None:
-    """Of an installed package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def tried(package: str, version: str) -> bool:
@@ -232,8 +224,7 @@ def examine() -> list[Finding]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the findings; 0 if none is a failure, else 2."""
-    words = sys.argv[1:] if argv is None else argv
-    return guarded(run, words)
+    return guarded(run, argv)
 
 
 def run(argv: Sequence[str]) -> int:

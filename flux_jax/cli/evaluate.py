@@ -4,7 +4,6 @@ In: a command line. Out: folders of pictures, tables; progress on stderr, on std
 """
 
 import json
-import sys
 from collections.abc import Sequence
 
 from flux_jax.cli import evaluate_benchmarks, evaluate_nano, evaluate_score
@@ -17,8 +16,7 @@ NO_MEMORY = "Out of memory; choose a smaller --size, or a model with @dtype=bflo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status; a user's mistake is one sentence on stderr."""
-    words = sys.argv[1:] if argv is None else argv
-    return guarded(run, words, interrupted=INTERRUPTED, no_memory=NO_MEMORY)
+    return guarded(run, argv, interrupted=INTERRUPTED, no_memory=NO_MEMORY)
 
 
 def run(argv: Sequence[str]) -> None:

@@ -103,10 +103,10 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
 
 def read_shard(text: str) -> tuple[int, int]:
     """`2/8` as (2, 8)."""
-    words = text.split("/")
-    if len(words) != 2 or not all(word.isdigit() for word in words) or not 1 <= int(words[0]) <= int(words[1]):
+    numbers = text.split("/")
+    if len(numbers) != 2 or not all(map(str.isdigit, numbers)) or not 1 <= int(numbers[0]) <= int(numbers[1]):
         raise UserError(f"--shard must read I/N with I from 1 to N, such as 1/4, not {text!r}.")
-    return int(words[0]), int(words[1])
+    return int(numbers[0]), int(numbers[1])
 
 
 def _digest(path: Path) -> str:

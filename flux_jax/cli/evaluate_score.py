@@ -29,10 +29,10 @@ def add_command(commands) -> None:
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Reads, prints the tables unless --json will print the report, and returns it."""
     found: dict[str, list[Measured]] = {}
-    for words in args.measured:
-        name, separator, path = words.partition("=")
+    for argument in args.measured:
+        name, separator, path = argument.partition("=")
         if not separator or not name or not path:
-            raise UserError(f"{words}: say what to call it, as in ours={words}.")
+            raise UserError(f"{argument}: say what to call it, as in ours={argument}.")
         benchmark, measured = results.read(Path(path), name)
         if any(other.name == name for other in found.get(benchmark, ())):
             raise UserError(f"{name} is named twice in {benchmark}; give each its own name.")

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; every foreseeable failure is one sentence on stderr."""
     return guarded(
         run,
-        sys.argv[1:] if argv is None else argv,
+        argv,
         interrupted="Interrupted; pictures that were finished are kept.",
         no_memory="Out of memory; choose a smaller --size, --dtype bfloat16, or a machine with more of it.",
     )
@@ -56,7 +56,7 @@ class Session:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Draws, or with --dry-run says, what the words ask for."""
+    """Draws, or with --dry-run says, what the arguments ask for."""
     args = arguments.parse(argv)
     set_environment(args.device)
     if args.processes > 1:

@@ -1,7 +1,8 @@
 """What every program shares: its parser, its guard, its exit status; and the script `flux-jax`, which has them all.
 
-In: the words of a command line. Out: an exit status: 0, 2 (bad input), 3 (missing or gated weights), 4 (out of memory),
-130 (interrupted); every foreseeable failure is one sentence on stderr, stdout has only what a script would read.
+In: the arguments of a command line. Out: an exit status: 0, 2 (bad input), 3 (missing or gated weights), 4 (out of
+memory), 130 (interrupted); every foreseeable failure is one sentence on stderr, stdout has only what a script would
+read.
 
 `flux-jax NAME ...` is `python -m flux_jax.NAME ...`, and `flux-jax convert` is `python -m convert`.
 """
@@ -14,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from flux_jax.errors import UserError, pip_install
 from flux_jax.io.atomic import disk_is_full
@@ -52,10 +53,10 @@ def program(name: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The script: hands the words behind a program's name to that program, and returns its exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in PROGRAMS:
-        return importlib.import_module(PROGRAMS[words[0]][0]).main(words[1:])
+    """The script: hands the arguments behind a program's name to that program, and returns its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in PROGRAMS:
+        return importlib.import_module(PROGRAMS[argv[0]][0]).main(argv[1:])
     parser = Parser(
         prog=SCRIPT,
         description="FLUX.1 in 1.58 bits.",
@@ -64,50 +65,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("program", metavar="PROGRAM", choices=list(PROGRAMS), help="one of those below; see its --help")
     parser.add_argument("--version", action="version", version=f"flux_jax {version()}")
-    return guarded(parser.parse_args, words or ["--help"])
+
+    def refuse(argv: Sequence[str]) -> None:
+        parser.parse_args(argv)
+        parser.error("the name of a program comes first")
+
+    return guarded(refuse, argv or ["--help"])
 
 
 def guarded(
-    command: Callable[..., Any],
-    *args: Any,
+    command: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None = None,
+    *,
     interrupted: str = "Interrupted.",
     no_memory: str = "Out of memory; this needs a machine with more of it.",
     no_disk: str = "The disk is full: free some space.",
 ) -> int:
-    """Calls it with `args` and returns the exit status: what it returned, or 0 for None. Foreseeable failures, and
-    warnings meant for users, are sentences on stderr; the three arguments are those for Ctrl-C, for memory and for
-    disk."""
+    """Calls it with the arguments, by default the process's own, and returns the exit status: what it returned, or 0
+    for None. Foreseeable failures, and warnings meant for users, are sentences on stderr; the three last arguments are
+    those for Ctrl-C, for memory and for disk."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_, **__: say(in_flags(str(message)))
-            status = command(*args) or 0
+            status = command(sys.argv[1:] if argv is None else argv) or 0
         watchdog.leave()
         return status
     except UserError as error:
-        status, words = error.exit_code, in_flags(str(error))
+        status, sentence = error.exit_code, in_flags(str(error))
     except KeyboardInterrupt:
-        status, words = 130, interrupted
+        status, sentence = 130, interrupted
     except Exception as error:
         if memory.is_exhausted(error):
-            status, words = 4, no_memory
+            status, sentence = 4, no_memory
         elif disk_is_full(error):
-            status, words = 2, no_disk
+            status, sentence = 2, no_disk
         elif watchdog.several():
             watchdog.stop()
         else:
             raise
-    say(words)
+    say(sentence)
     if watchdog.several():
         os._exit(status)  # at once: an ordinary exit would wait for the others
     return status
 
 
-def in_flags(words: str) -> str:
+def in_flags(text: str) -> str:
     """The library names its arguments as Python does, `offload="layers"`; on a command line these are flags of the same
     names, `--offload layers`, and `overwrite=True` is `--overwrite`."""
-    words = re.sub(r"\b([a-z_]+)=True\b", lambda found: f"--{found[1].replace('_', '-')}", words)
-    return re.sub(r'\b([a-z_]+)="([^"]*)"', lambda found: f"--{found[1].replace('_', '-')} {found[2]}", words)
+    text = re.sub(r"\b([a-z_]+)=True\b", lambda found: f"--{found[1].replace('_', '-')}", text)
+    return re.sub(r'\b([a-z_]+)="([^"]*)"', lambda found: f"--{found[1].replace('_', '-')} {found[2]}", text)
 
 
 def say(text: str) -> None:

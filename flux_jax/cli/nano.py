@@ -13,7 +13,6 @@ In: the phases before, in the folder RUN. Out: `RUN/<phase>/`. A phase that was 
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,8 +32,7 @@ RECIPES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one phase and returns the exit status; a user's mistake is one sentence on stderr and status 2."""
-    words = sys.argv[1:] if argv is None else argv
-    return guarded(run, words, interrupted="Interrupted; the same command goes on from the last checkpoint.")
+    return guarded(run, argv, interrupted="Interrupted; the same command goes on from the last checkpoint.")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -97,10 +95,10 @@ def train_networks(args: argparse.Namespace) -> None:
     use_all_cores()
     recipe = dataclasses.replace(RECIPES[args.phase], **given(Recipe, args))
     config, vae = load_vae(args.run / "vae")
-    words = tokenizers(args.run, config)
-    dataset = load_or_build(args.run / "latents.npz", vae, words, config, seed=recipe.seed, count=recipe.examples)
+    tokenize = tokenizers(args.run, config)
+    dataset = load_or_build(args.run / "latents.npz", vae, tokenize, config, seed=recipe.seed, count=recipe.examples)
     if args.phase == "text":
-        text.train(args.run / "text", config, recipe, dataset, words)
+        text.train(args.run / "text", config, recipe, dataset, tokenize)
         return
     constants = flow.constants(config, trained(args.run, "text", config).encoders, dataset)
     if args.phase == "flow":

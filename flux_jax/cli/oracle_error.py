@@ -5,7 +5,6 @@ stdout.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 
 from flux_jax.cli.main import Parser, guarded, program
@@ -13,7 +12,7 @@ from flux_jax.cli.main import Parser, guarded, program
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return guarded(run, sys.argv[1:] if argv is None else argv)
+    return guarded(run, argv)
 
 
 def run(argv: Sequence[str]) -> None:

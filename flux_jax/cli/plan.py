@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
@@ -59,8 +58,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a plan; exit status 0 if it fits, 4 if not, 2 and 3 as for `flux_jax.generate`."""
-    words = sys.argv[1:] if argv is None else argv
-    return guarded(run, words)
+    return guarded(run, argv)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -11,7 +11,6 @@ stdout.
 import argparse
 import hashlib
 import json
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -86,8 +85,7 @@ def nano_captions(count: int, seed: int) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status; a user's mistake is one sentence on stderr."""
-    words = sys.argv[1:] if argv is None else argv
-    return guarded(run, words)
+    return guarded(run, argv)
 
 
 def run(argv: Sequence[str]) -> None:

@@ -66,8 +66,8 @@ def plan_requests(
     requests: list[Request] = []
     notices: dict[str, None] = {}
     for row in rows:
-        settings, said = _settings(row, defaults, config, strict=args.strict_size)
-        notices |= dict.fromkeys(said)
+        settings, changes = _settings(row, defaults, config, strict=args.strict_size)
+        notices |= dict.fromkeys(changes)
         for k in range(seeds.per_prompt):
             i = len(requests)
             seed = seeds.of(row, k, i)

@@ -11,23 +11,24 @@ Lines for people on stderr, one JSON object on stdout.
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flux_jax import validation
 from flux_jax.cli.main import Parser, guarded, program, say
 from flux_jax.errors import UserError
 from flux_jax.io import prompts
 
+if TYPE_CHECKING:
+    from flux_jax.checkpoints.checkpoint import Checkpoint
+
 BATCH = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison and returns the exit status; a user's mistake is one sentence on stderr and status 2."""
-    words = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: print(json.dumps(run(build_parser().parse_args(words)))))
+    return guarded(run, argv)
 
 
 def build_parser() -> Parser:
@@ -45,20 +46,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The comparison of checkpoints that the command line asks for."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from flux_jax.checkpoints.checkpoint import Checkpoint
-    from flux_jax.checkpoints.tokenizers import Tokenizers
-    from flux_jax.distill.trajectories import noises
-    from flux_jax.distill.velocity_error import compare
-    from flux_jax.models import quantize
-    from flux_jax.runtime import compilation_cache
-    from flux_jax.runtime.environment import resolve_dtype
-    from flux_jax.sampling import programs, schedule
-
+def run(argv: Sequence[str]) -> None:
+    """Compares the checkpoints that the command line asks for, and prints what was found."""
+    args = build_parser().parse_args(argv)
     texts = prompts.split(prompts.read_all(args.prompts))[1]
     if not texts or args.count < 1:
         raise UserError(
@@ -66,6 +56,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     if not args.students and not args.rounded:
         raise UserError("Nothing to compare: name a student, or give --rounded.")
+    import jax.numpy as jnp
+
+    from flux_jax.checkpoints.checkpoint import Checkpoint
+    from flux_jax.distill.velocity_error import compare
+    from flux_jax.models import quantize
+    from flux_jax.runtime import compilation_cache
+    from flux_jax.runtime.environment import resolve_dtype
+    from flux_jax.sampling import schedule
+
     stored, dtype = Checkpoint.open(args.teacher), resolve_dtype("auto")
     compilation_cache.enable()
     config, defaults = stored.config, stored.config.sampling
@@ -78,19 +77,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     teacher = stored.load("transformer", dtype)
     if args.rounded:
         students["rounded"] = quantize.quantize_transformer(teacher, activations=args.activations or "bf16")
-    t5, clip = (stored.load(part, dtype) for part in ("t5", "clip"))
-    tokenizers = Tokenizers.load(stored.tokenizers, config)
     rope = jnp.asarray(schedule.rope_table(config.transformer, *config.default_grid, defaults.max_sequence_length))
     sigmas = schedule.sigmas(defaults, defaults.num_inference_steps, math.prod(config.default_grid))
-    chunks = []
-    for start in range(0, args.count, BATCH):
-        some = [texts[i % len(texts)] for i in range(start, min(start + BATCH, args.count))]
-        pairs = [programs.encode(t5, clip, tokenizers.t5([text]), tokenizers.clip([text])) for text in some]
-        indices = np.arange(start, start + len(some), dtype=np.int32)
-        noise = noises(np.uint32(args.seed), indices, *config.default_grid, config.vae.latent_channels)
-        chunks.append((noise, *(jnp.concatenate(each) for each in zip(*pairs, strict=True))))
-    found = compare(teacher, students, chunks, sigmas, rope, defaults.guidance_scale)
+    batches = batches_of([texts[i % len(texts)] for i in range(args.count)], stored, args.seed, dtype)
+    found = compare(teacher, students, batches, sigmas, rope, defaults.guidance_scale)
     for name, result in found.items():
         line = f"velocity error {result['velocity_mean']:.4f}, latent PSNR {result['psnr']:.2f} dB"
         say(f"{name}: {line}")
-    return {"teacher": str(args.teacher), "pictures": args.count, "sigmas": sigmas.tolist(), "students": found}
+    about = {"teacher": str(args.teacher), "pictures": args.count, "sigmas": sigmas.tolist(), "students": found}
+    print(json.dumps(about))
+
+
+def batches_of(texts: Sequence[str], stored: "Checkpoint", seed: int, dtype: Any) -> list[tuple[Any, ...]]:
+    """(noise [b, i, c], text [b, t, d], pooled [b, p]) of `BATCH` prompts at a time; prompt i has the seed's i-th
+    noise."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from flux_jax.checkpoints.tokenizers import Tokenizers
+    from flux_jax.distill.trajectories import noises
+    from flux_jax.sampling import programs
+
+    config = stored.config
+    t5, clip = (stored.load(component, dtype) for component in ("t5", "clip"))
+    tokenizers = Tokenizers.load(stored.tokenizers, config)
+    batches = []
+    for start in range(0, len(texts), BATCH):
+        some = texts[start : start + BATCH]
+        pairs = [programs.encode(t5, clip, tokenizers.t5([text]), tokenizers.clip([text])) for text in some]
+        indices = np.arange(start, start + len(some), dtype=np.int32)
+        noise = noises(np.uint32(seed), indices, *config.default_grid, config.vae.latent_channels)
+        batches.append((noise, *(jnp.concatenate(each) for each in zip(*pairs, strict=True))))
+    return batches

@@ -44,7 +44,7 @@ def prepare(teacher: str | Path, folder: Path, texts: Sequence[str], options: Op
 
 
 def train_student(work: RunContext) -> tuple[Any, Any, dict[str, Any]]:
-    """(graph, parameters) of the finished student, floats as they are stored, and what is to be told about it."""
+    """(graph, parameters) of the finished student, floats as they are stored, and what is to be reported of it."""
     options, metrics = work.options, work.metrics
     held_out = load_or_make(work, "held_out", work.held_out, options.held_out)
     losses = {}

@@ -39,15 +39,15 @@ class Variant:
     offload: str | None = None
 
     @classmethod
-    def parse(cls, words: str) -> "Variant":
+    def parse(cls, text: str) -> "Variant":
         """MODEL or MODEL@OPTION=VALUE,...; a folder whose name holds "@" is taken as it is."""
-        model, _, tail = (words, "", "") if Path(words).exists() else words.partition("@")
+        model, _, tail = (text, "", "") if Path(text).exists() else text.partition("@")
         chosen = {}
         for pair in tail.split(",") if tail else ():
             name, _, value = pair.partition("=")
             if value not in OPTIONS.get(name, ()):
                 known = "; ".join(f"{option}={'|'.join(values)}" for option, values in OPTIONS.items())
-                raise UserError(f"{words}: cannot read {pair!r}; after @ may stand {known}, separated by commas.")
+                raise UserError(f"{text}: cannot read {pair!r}; after @ may stand {known}, separated by commas.")
             chosen[name] = value
         return cls(model, **chosen)
 

@@ -20,7 +20,7 @@ from flux_jax.io.fields import Types, check_fields
 
 RECORD_FORMAT = 1
 RECORD_KEY = "flux_jax"
-NEEDED: Types = {  # what generation relies on in a record that it reads; faults are told in this order
+NEEDED: Types = {  # what generation relies on in a record that it reads; faults are reported in this order
     "prompt": str,
     "negative_prompt": str | None,
     "seed": int,

@@ -88,7 +88,7 @@ def noun_ids(tokenizers: Tokenizers) -> tuple[int, ...]:
 
 
 def understood(readers: Readers, tokenizers: Tokenizers) -> dict[str, float]:
-    """The share of the 553 evaluation captions, which training never has, that each reader reads without a fault."""
+    """The share of the evaluation captions, which training never has, that each reader reads without a fault."""
     captions = evaluation_captions()
     texts, answers = [caption.text for caption in captions], np.stack([meaning(caption) for caption in captions])
     logits = jax.jit(lambda readers, *ids: readers(*ids))(readers, tokenizers.t5(texts), tokenizers.clip(texts))

@@ -110,8 +110,8 @@ def train(
     """Trains to the recipe's last step, and returns the averaged networks. networks: float32, where a training that has
     not begun begins; constants: arrays that the loss needs at each step. UserError when a loss is not finite."""
     mesh = meshes.make(None, {"batch": recipe.batch})
-    words = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
-    write_whole(folder / "recipe.json", words.encode(), overwrite=True)
+    text = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
+    write_whole(folder / "recipe.json", text.encode(), overwrite=True)
     graph, state = init_state(recipe, networks)
     constants = jax.device_put(constants or {}, meshes.whole(mesh))
     rows = meshes.by_row(mesh)

@@ -1,7 +1,7 @@
-"""Where the process runs: what JAX reads before it starts, the dtype that suits the device, our own version.
+"""Where the process runs: what JAX reads before it starts, the dtype that suits the device, versions of packages.
 
-In: a device ("cpu", "gpu" or None), a dtype or "auto". Out: environment variables, a numpy dtype, a version. The
-library never calls `set_environment`; programs do, before JAX is imported.
+In: a device ("cpu", "gpu" or None), a dtype or "auto", a package. Out: environment variables, a numpy dtype, a version.
+The library never calls `set_environment`; programs do, before JAX is imported.
 """
 
 import importlib.metadata
@@ -12,12 +12,17 @@ from flux_jax.errors import DISTRIBUTION
 from flux_jax.runtime import memory
 
 
-def version() -> str:
-    """Of the installed package; a checkout that was never installed has none."""
+def version_of(package: str) -> str | None:
+    """Of an installed package, by its name on PyPI; None where it is not installed."""
     try:
-        return importlib.metadata.version(DISTRIBUTION)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+        return None
+
+
+def version() -> str:
+    """Our own; a checkout that was never installed has none."""
+    return version_of(DISTRIBUTION) or "unknown"
 
 
 def set_environment(device: str | None) -> None:

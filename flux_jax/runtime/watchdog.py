@@ -87,8 +87,8 @@ def _connect(address: tuple[str, int]) -> socket.socket:
 
 def _watch(connection: socket.socket) -> None:
     try:
-        said = connection.recv(1)
+        received = connection.recv(1)
     except OSError:
-        said = b""
-    if said != GOODBYE:
+        received = b""
+    if received != GOODBYE:
         stop()

@@ -46,13 +46,18 @@ class StageExecutor:
     def prepare(self, stage: str, program: Any, *args: Any, **static: Any) -> Callable[..., Any]:
         """The program, compiled for these arguments where jax.jit made it, as a function of like ones: each call is
         waited for and timed. UserError with exit code 4 where it runs out of memory, or would."""
-        if hasattr(program, "lower"):
-            with self._watched(stage), self._timed("compile"):
-                call = program.lower(*args, **static).compile()
-            if short := self.shortage(call):
-                raise self._exhausted(stage, short)
-        else:
-            call = functools.partial(program, **static)
+        return self._watching(stage, self._compile(stage, program, *args, **static))
+
+    def _compile(self, stage: str, program: Any, *args: Any, **static: Any) -> Callable[..., Any]:
+        if not hasattr(program, "lower"):
+            return functools.partial(program, **static)
+        with self._watched(stage), self._timed("compile"):
+            return program.lower(*args, **static).compile()
+
+    def _watching(self, stage: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call, waited for and timed; UserError where the device lacks the memory for it."""
+        if short := self.shortage(call):
+            raise self._exhausted(stage, short)
 
         def run(*args: Any) -> Any:
             with self._watched(stage), self._timed(stage):
@@ -79,13 +84,14 @@ class StageExecutor:
         remedies = memory.remedies(stage, self.offloading, self.vae_tiling)
         return memory.exhausted(memory.STAGES[stage] + needed, remedies)
 
-    def shortage(self, compiled: jax.stages.Compiled) -> str:
-        """What a program needs beside its arguments and what is free on the device, in words; "" where that is enough.
-        Known before it runs: on a CPU the system would rather kill the process than refuse the memory."""
-        found, free = compiled.memory_analysis(), memory.free(next(iter(self.device.device_set)))
-        if found is None or free is None:
+    def shortage(self, call: Callable[..., Any]) -> str:
+        """What a compiled program needs beside its arguments and what is free on the device, in words; "" where that is
+        enough, or not known. Before it runs: on a CPU the system would rather kill the process than refuse memory."""
+        analysis = call.memory_analysis() if isinstance(call, jax.stages.Compiled) else None
+        free = memory.free(next(iter(self.device.device_set)))
+        if analysis is None or free is None:
             return ""
-        needed = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return "" if needed <= free else f" ({needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free)"
 
     def on_device(self, module: nnx.Module) -> nnx.Module:
@@ -108,11 +114,9 @@ class StageExecutor:
     ) -> list[np.ndarray]:
         """Pixels float32 [h, w, 3] of each picture's latents [i, c]."""
         vae, sizes = self.on_device(vae), {"rows": rows, "columns": columns}
-        strips = STRIP_BYTES if self.vae_tiling == "on" else None
-        if self.vae_tiling == "auto":
-            with self._timed("compile"):
-                whole = programs.decode.lower(vae, drawn[0], **sizes, strip_bytes=None).compile()
-            if self.shortage(whole):
-                strips = STRIP_BYTES
-        how = sizes | {"strip_bytes": strips}
-        return [np.asarray(self.run("decode", programs.decode, vae, x, **how)) for x in drawn]
+        compiled = functools.partial(self._compile, "decode", programs.decode, vae, drawn[0], **sizes)
+        program = compiled(strip_bytes=STRIP_BYTES if self.vae_tiling == "on" else None)
+        if self.vae_tiling == "auto" and self.shortage(program):
+            program = compiled(strip_bytes=STRIP_BYTES)
+        run = self._watching("decode", program)
+        return [np.asarray(run(vae, x)) for x in drawn]

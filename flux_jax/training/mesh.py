@@ -1,6 +1,6 @@
 """Where the arrays of a training lie: batches over all devices, parameters cut over one axis of the mesh.
 
-In: the words of `--mesh`, such as "data=2,fsdp=4", and trees of arrays. Out: a mesh with the axes (data, fsdp), and
+In: what `--mesh` says, such as "data=2,fsdp=4", and trees of arrays. Out: a mesh with the axes (data, fsdp), and
 the same trees on its devices. A batch is cut along its first axis over both mesh axes; a parameter along the largest
 of its axes that `fsdp` divides, and so are its gradient, running mean and optimiser state (fully sharded data
 parallelism); XLA inserts the collectives. On several processes every host array is whole and equal on each of them.
@@ -18,18 +18,18 @@ from flux_jax.errors import UserError
 AXES = ("data", "fsdp")
 
 
-def make(words: str | None, batches: dict[str, int]) -> Mesh:
-    """The mesh of `words` (None: all devices along `data`). batches: option -> its number of rows, which the mesh must
+def make(axes: str | None, batches: dict[str, int]) -> Mesh:
+    """The mesh of `axes` (None: all devices along `data`). batches: option -> its number of rows, which the mesh must
     divide. UserError where it does not, or where there are fewer or more devices."""
-    sizes = {"data": jax.device_count(), "fsdp": 1} if words is None else {"data": 1, "fsdp": 1}
-    for word in words.split(",") if words else []:
+    sizes = {"data": jax.device_count(), "fsdp": 1} if axes is None else {"data": 1, "fsdp": 1}
+    for word in axes.split(",") if axes else []:
         name, _, size = word.partition("=")
         if name not in AXES or not size.isdecimal() or int(size) < 1:
-            raise UserError(f'mesh="{words}" must read such as data=2,fsdp=4.')
+            raise UserError(f'mesh="{axes}" must read such as data=2,fsdp=4.')
         sizes[name] = int(size)
     devices = math.prod(sizes.values())
     if devices != jax.device_count():
-        raise UserError(f'mesh="{words}" needs {devices} devices, and there are {jax.device_count()}.')
+        raise UserError(f'mesh="{axes}" needs {devices} devices, and there are {jax.device_count()}.')
     for name, rows in batches.items():
         if rows % devices:
             raise UserError(

@@ -22,10 +22,10 @@ def check(options: Any) -> None:
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
         value, allowed = getattr(options, field.name), typing.get_args(hints[field.name])
-        said = f'{field.name}="{value}"'
+        given = f'{field.name}="{value}"'
         if allowed and value not in allowed:
-            raise UserError(f"{said} must be {' or '.join(allowed)}.")
+            raise UserError(f"{given} must be {' or '.join(allowed)}.")
         least, most = field.metadata["least"], field.metadata["most"]
         if not isinstance(value, str) and not least <= value <= most:
             between = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-            raise UserError(f"{said} must be {between}.")
+            raise UserError(f"{given} must be {between}.")

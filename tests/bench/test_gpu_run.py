@@ -47,10 +47,10 @@ FAILURES = {
 }
 
 
-def visit(out, steps, *words):
+def visit(out, steps, *arguments):
     """The rows, after a visit that is not all right."""
     with pytest.raises(UserError) as error:
-        gpu_run.main(["--out", str(out), *words], steps)
+        gpu_run.main(["--out", str(out), *arguments], steps)
     assert error.value.exit_code == 1
     return journal.read(out / "results.jsonl")
 
@@ -81,10 +81,10 @@ def test_whatever_becomes_of_a_step_costs_only_itself(tmp_path, capsys, dies):
 def test_a_step_for_which_there_is_no_process_costs_only_itself(tmp_path, monkeypatch):
     run = process.run
 
-    def refused(words, **how):
-        if "--label" in words and words[words.index("--label") + 1] == "last":
+    def refused(arguments, **how):
+        if "--label" in arguments and arguments[arguments.index("--label") + 1] == "last":
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        return run(words, **how)
+        return run(arguments, **how)
 
     monkeypatch.setattr(process, "run", refused)
     rows = visit(tmp_path, {"last": step(), "good": step()})
@@ -156,9 +156,9 @@ def test_what_fits_on_the_disk_is_there_and_the_rest_is_printed(tmp_path):
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_gpu_run import FAKES; from bench import gpu_run; gpu_run.main(['--out', sys.argv[1]], FAKES)"
     )
-    words = [sys.executable, "-c", code, str(tmp_path)]
+    arguments = [sys.executable, "-c", code, str(tmp_path)]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the limit would cut it, and Python would keep it
-    ended = subprocess.run(words, cwd=process.ROOT, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(arguments, cwd=process.ROOT, env=environment, capture_output=True, text=True)
     rows = journal.read(tmp_path / "results.jsonl")
     assert 0 < len(rows) < 10 and rows[0]["step"] == "good"
     assert "== WRONG (1)" in ended.stdout and "== FAILED (5)" in ended.stdout and "== good (2)" in ended.stdout
@@ -175,8 +175,8 @@ def test_who_ends_the_visit_gets_its_summary(number, tmp_path, dies):
         "steps = {'good': step(), 'hangs': step('import time; time.sleep(60)'), 'last': step()}\n"
         "gpu_run.main(['--out', sys.argv[1]], steps)"
     )
-    words, path = [sys.executable, "-c", code, str(tmp_path)], tmp_path / "results.jsonl"
-    with subprocess.Popen(words, cwd=process.ROOT, stdout=subprocess.PIPE, text=True) as visiting:
+    arguments, path = [sys.executable, "-c", code, str(tmp_path)], tmp_path / "results.jsonl"
+    with subprocess.Popen(arguments, cwd=process.ROOT, stdout=subprocess.PIPE, text=True) as visiting:
         end = time.monotonic() + 30
         while not (held := [r for r in journal.read(path) if r["step"] == "hangs"]) and time.monotonic() < end:
             time.sleep(0.02)
@@ -189,10 +189,10 @@ def test_who_ends_the_visit_gets_its_summary(number, tmp_path, dies):
     assert "interrupted" in (tmp_path / "summary.txt").read_text()
 
 
-def script(*words, cwd=None):
+def script(*arguments, cwd=None):
     """By its path, as from a folder that knows nothing of the clone."""
-    words = [sys.executable, str(process.ROOT / "bench" / "gpu_run.py"), *words]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+    arguments = [sys.executable, str(process.ROOT / "bench" / "gpu_run.py"), *arguments]
+    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True)
 
 
 def test_a_mistake_is_one_sentence(tmp_path):
@@ -215,8 +215,8 @@ def test_by_its_path_it_hides_no_package():
 
 def test_every_step_is_a_program_and_its_time_fits():
     for name, each in gpu_run.STEPS.items():
-        words = [*each.words, *(each.tiny or [])]
-        for module in (word for word in words if word.startswith("bench.")):
+        arguments = [*each.arguments, *(each.tiny or [])]
+        for module in (word for word in arguments if word.startswith("bench.")):
             assert (process.ROOT / f"{module.replace('.', '/')}.py").is_file(), name
         assert 0 < each.least < each.box <= 120
     assert set(gpu_run.LATER) < set(gpu_run.STEPS)

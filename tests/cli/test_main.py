@@ -36,6 +36,8 @@ def test_the_script_says_what_there_is(capsys):
     assert all(name in shown for name in main.PROGRAMS)
     assert main.main(["draw"]) == 2
     assert "'draw'" in capsys.readouterr().err
+    assert main.main(["--", "generate"]) == 2
+    assert "program" in capsys.readouterr().err
 
 
 def test_the_script_runs_a_program():
@@ -58,7 +60,7 @@ def test_the_script_runs_a_program():
     ],
 )
 def test_foreseeable_failures_are_a_sentence_and_a_status(error, status, words, capsys):
-    def fail():
+    def fail(argv):
         raise error
 
     assert main.guarded(fail) == status
@@ -67,8 +69,8 @@ def test_foreseeable_failures_are_a_sentence_and_a_status(error, status, words, 
 
 def test_other_failures_are_raised_and_warnings_are_sentences(capsys):
     with pytest.raises(ZeroDivisionError):
-        main.guarded(lambda: 1 / 0)
-    assert main.guarded(lambda: warnings.warn("Expect noise.", stacklevel=1)) == 0
+        main.guarded(lambda argv: 1 / 0)
+    assert main.guarded(lambda argv: warnings.warn("Expect noise.", stacklevel=1)) == 0
     assert capsys.readouterr().err == "Expect noise.\n"
 
 
