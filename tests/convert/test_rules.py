@@ -4,13 +4,13 @@ full depth. Nothing here needs torch; values are compared at toy width, shapes a
 
 import dataclasses
 import json
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import published
 import pytest
 from published import load_module
+from reference_files import reference_file
 
 from convert.engine import map_weights
 from convert.run import convert
@@ -21,8 +21,7 @@ from flux_jax.errors import UserError
 from flux_jax.io.safetensors import Entry, Source
 from flux_jax.models.params import leaves
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "reference" / "flux_configs"
-needs_lists = pytest.mark.skipif(not SHARED.is_dir(), reason="the lists of published names and shapes are not here")
+LISTS = "reference/flux_configs"
 NARROW = {"hidden_size": 8, "num_heads": 2, "axes_dim": (0, 2, 2), "text_dim": 6, "pooled_dim": 4, "in_channels": 4}
 TENSORS = {("diffusers", True): 1160, ("diffusers", False): 1156, ("bfl", True): 780, ("bfl", False): 776}
 
@@ -38,11 +37,10 @@ def shapes_only(shapes: dict) -> Source:
 
 
 def shape_list(layout: str, guidance: bool) -> dict:
-    shapes = json.loads((SHARED / f"flux1_dev.{layout}_keys_shapes.json").read_text())
+    shapes = json.loads(reference_file(f"{LISTS}/flux1_dev.{layout}_keys_shapes.json").read_text())
     return {name: shape for name, shape in shapes.items() if guidance or "guidance" not in name}
 
 
-@needs_lists
 @pytest.mark.parametrize("layout", ["diffusers", "bfl"])
 @pytest.mark.parametrize("guidance", [True, False])
 def test_full_size_shape_lists_map_without_a_tensor_left_over(layout, guidance):
@@ -54,7 +52,6 @@ def test_full_size_shape_lists_map_without_a_tensor_left_over(layout, guidance):
     assert sorted(used) == sorted(shapes)
 
 
-@needs_lists
 @pytest.mark.parametrize("guidance", [True, False])
 def test_the_names_written_by_these_tests_are_the_published_ones(guidance):
     c = narrow(guidance).transformer
@@ -63,10 +60,10 @@ def test_the_names_written_by_these_tests_are_the_published_ones(guidance):
     assert published.bfl_transformer(tensors, c).keys() == shape_list("bfl", guidance).keys()
 
 
-@needs_lists
 @pytest.mark.parametrize("name", ["dev", "schnell"])
 def test_the_index_of_the_published_shards(name):
-    index = json.loads((SHARED / f"FLUX.1-{name}.transformer.index.json").read_text())["weight_map"]
+    file = reference_file(f"{LISTS}/FLUX.1-{name}.transformer.index.json")
+    index = json.loads(file.read_text())["weight_map"]
     assert index.keys() == shape_list("diffusers", name == "dev").keys()
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from reference_files import reference_file
 
 from flux_jax.errors import UserError
 from flux_jax.evaluate import benchmarks
@@ -17,8 +18,8 @@ def write(path: Path, *lines: str, end="\n") -> Path:
     return path
 
 
-def test_geneval_layout(shared):
-    path = shared / "prompts" / "geneval" / "evaluation_metadata.jsonl"
+def test_geneval_layout():
+    path = reference_file("prompts/geneval/evaluation_metadata.jsonl")
     prompts = benchmarks.read_geneval(path)
     pictures = benchmarks.folder_pictures(prompts, 4)
     assert len(pictures) == 553 * 4
@@ -34,8 +35,8 @@ def test_geneval_layout(shared):
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_t2i_compbench_layout(shared, category):
-    prompts = benchmarks.read_t2i_compbench(shared / "prompts" / "t2i_compbench" / f"{category}_val.txt")
+def test_t2i_compbench_layout(category):
+    prompts = benchmarks.read_t2i_compbench(reference_file(f"prompts/t2i_compbench/{category}_val.txt"))
     pictures = benchmarks.t2i_pictures(prompts, 10)
     assert len(prompts) == 300
     assert len({picture.path for picture in pictures}) == 3000
@@ -46,8 +47,8 @@ def test_t2i_compbench_layout(shared, category):
         assert "\r" not in picture.prompt
 
 
-def test_parti_layout(shared):
-    prompts = benchmarks.read_parti(shared / "prompts" / "parti" / "PartiPrompts.tsv")
+def test_parti_layout():
+    prompts = benchmarks.read_parti(reference_file("prompts/parti/PartiPrompts.tsv"))
     assert len(prompts) == 1632
     assert prompts[0].sidecar["category"] == prompts[0].stratum == "Abstract"
     assert prompts[0].text == "bond"
@@ -60,8 +61,8 @@ def test_parti_layout(shared):
     assert [p.seed for p in pictures] == [7, 8]
 
 
-def test_subsets_are_fixed_nested_and_in_proportion(shared):
-    prompts = benchmarks.read_geneval(shared / "prompts" / "geneval" / "evaluation_metadata.jsonl")
+def test_subsets_are_fixed_nested_and_in_proportion():
+    prompts = benchmarks.read_geneval(reference_file("prompts/geneval/evaluation_metadata.jsonl"))
     previous: set[int] = set()
     for number in (6, 50, 100, 300, 552, 553):
         chosen = benchmarks.subset(prompts, number)

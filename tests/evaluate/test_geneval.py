@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from reference_files import reference_file
 
 from flux_jax.evaluate.geneval import TAGS, Detection, judge, keep, overlap
 from flux_jax.nano.relations import relations
@@ -127,8 +128,8 @@ def test_position_refers_to_the_first_object_and_needs_it():
     assert not judge(wanted, {"cat": [cat], "dog": [box(0, 0), more_certain]})[0]
 
 
-def test_official_prompts_have_the_official_counts_and_can_all_be_judged(shared):
-    path = shared / "prompts" / "geneval" / "evaluation_metadata.jsonl"
+def test_official_prompts_have_the_official_counts_and_can_all_be_judged():
+    path = reference_file("prompts/geneval/evaluation_metadata.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert {tag: sum(row["tag"] == tag for row in rows) for tag in TAGS} == TAGS
     assert sum(TAGS.values()) == len(rows) == 553

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny_model
+from reference_files import reference_file
 
 from flux_jax.cli import compare, distill, generate
 from flux_jax.cli import prompts as program
@@ -18,13 +19,10 @@ from flux_jax.evaluate import benchmarks
 from flux_jax.io import prompts
 from flux_jax.nano.captions import in_training, parse
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "prompts"
-here = pytest.mark.skipif(not SHARED.is_dir(), reason="the published prompt files are not on this machine")
 
-
-@here
 def test_the_papers_calibration_set_is_7232_prompts_and_7190_different_ones():
-    files = [SHARED / "parti" / "PartiPrompts.tsv", *sorted((SHARED / "t2i_compbench").glob("*_train.txt"))]
+    folder = reference_file("prompts")
+    files = [folder / "parti" / "PartiPrompts.tsv", *sorted((folder / "t2i_compbench").glob("*_train.txt"))]
     counts = [len(prompts.read(file)) for file in files]
     assert counts == [1632] + 8 * [700]
     found = prompts.read_all(files)
@@ -35,13 +33,12 @@ def test_the_papers_calibration_set_is_7232_prompts_and_7190_different_ones():
     assert 0.05 < len(held_out) / 7190 < 0.075
     assert any(prompt.count('"') == 1 or prompt.startswith('"') for prompt in found)
     assert not any("\r" in prompt or "\t" in prompt for prompt in found)
-    lines = [line for file in SHARED.glob("*/*.*") for line in file.read_text("utf-8").splitlines()]
+    lines = [line for file in folder.glob("*/*.*") for line in file.read_text("utf-8").splitlines()]
     assert len(lines) > 9000 and not any(line.lstrip().startswith("#") for line in lines)  # none is lost as a comment
 
 
-@here
 def test_published_files_have_the_digests_that_fetch_expects():
-    local = {file.name: file for file in SHARED.glob("*/*") if file.name in program.FILES}
+    local = {file.name: file for file in reference_file("prompts").glob("*/*") if file.name in program.FILES}
     assert local.keys() == program.FILES.keys()
     for name, file in local.items():
         assert hashlib.sha256(file.read_bytes()).hexdigest() == program.FILES[name][1], name

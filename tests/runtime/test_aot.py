@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from reference_files import reference_file
 
 from flux_jax.errors import UserError
 from flux_jax.runtime import aot
@@ -169,9 +170,7 @@ def test_gpus_are_known_by_name_in_any_case(snapshot_message):
 @pytest.mark.parametrize("name", aot.GPUS)
 def test_descriptions_hold_what_the_public_files_hold(name):
     """Against descriptions written by someone else, field by field."""
-    path = ROOT.parent / "shared" / "gpu_targets" / f"{name}.txtpb"
-    if not path.exists():
-        pytest.skip("there are no other descriptions here to compare with")
+    path = reference_file(f"gpu_targets/{name}.txtpb")
 
     def fields(text):
         lines = (line.partition("#")[0].strip() for line in text.splitlines())
