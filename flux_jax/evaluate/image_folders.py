@@ -86,14 +86,18 @@ def make(
         except BaseException:
             stopped.set()
             raise
+        finally:
+            bar.update()
 
     if not wanted:
         return 0
-    with ThreadPoolExecutor(min(len(devices), len(wanted))) as pool:
-        try:
-            return sum(tqdm(pool.map(one, wanted), total=len(wanted), unit="picture", mininterval=2))
-        finally:  # Ctrl-C arrives here: the threads finish their picture
-            stopped.set()
+    # This thread only waits: tqdm keeps its lock for ever where Ctrl-C arrives in the middle of a bar.
+    with tqdm(total=len(wanted), unit="picture", mininterval=2) as bar:
+        with ThreadPoolExecutor(min(len(devices), len(wanted))) as pool:
+            try:
+                return sum(pool.map(one, wanted))
+            finally:  # Ctrl-C arrives here: the threads finish their picture
+                stopped.set()
 
 
 def write(picture: Picture, image: Any, out: Path, record: dict[str, Any]) -> None:

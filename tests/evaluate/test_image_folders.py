@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from flux_jax.errors import UserError
 from flux_jax.evaluate import benchmarks, image_folders
@@ -147,8 +148,9 @@ def test_a_failure_stops_its_own_device_while_another_still_draws(tmp_path):
     assert len(painter.drawn) == len(list(tmp_path.rglob("*.png"))) == 1  # what was begun was finished
 
 
-def test_ctrl_c_stops_after_the_picture_that_is_being_drawn(tmp_path):
-    """The signal reaches the main thread, which waits for the others."""
+def test_ctrl_c_stops_after_the_picture_that_is_being_drawn(tmp_path, monkeypatch):
+    """The signal reaches the main thread, which waits for the others, and is in no progress bar, however slow."""
+    monkeypatch.setattr(tqdm, "display", lambda *_, **__: time.sleep(0.2))
     painter = Painter()
 
     def on(device):
@@ -169,7 +171,11 @@ def test_ctrl_c_stops_after_the_picture_that_is_being_drawn(tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(list(tmp_path.rglob("*.png"))) == 3
-    assert make(painter, tmp_path) == 7
+    again = threading.Thread(target=make, args=(painter, tmp_path), daemon=True)
+    again.start()
+    again.join(timeout=60)
+    assert not again.is_alive()
+    assert len(painter.drawn) == 10
 
 
 def test_a_picture_that_appears_meanwhile_is_not_made(tmp_path):
