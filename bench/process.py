@@ -72,8 +72,8 @@ def run(
     env: Mapping[str, str] | None = None,
     log: Path | None = None,
 ) -> Ended:
-    """`python WORDS` in the clone's root, for so many seconds at most (None: as long as it takes). env: variables on
-    top of this process's. Never raises for what the process does."""
+    """`python ARGUMENTS` in the clone's root, for so many seconds at most (None: as long as it takes). env: variables
+    on top of this process's. Never raises for what the process does."""
     begun = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, "-ISc", START, str(os.getpid()), *arguments],

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flux_jax.cli.main import check_device, in_flags, say
+from flux_jax.cli.main import check_device, say
 from flux_jax.cli.requests import Request
 from flux_jax.config import FluxConfig
 
@@ -55,6 +55,7 @@ def memory_plan(
     args: argparse.Namespace, stored: "Checkpoint", dtype: str, request: Request
 ) -> tuple[str, dict[str, Any]]:
     """What a picture would take on this machine, in words and in numbers."""
+    from flux_jax.cli.plan import described
     from flux_jax.runtime.environment import resolve_dtype
     from flux_jax.sampling import planner
 
@@ -62,8 +63,7 @@ def memory_plan(
     model = planner.model_of(stored, resolve_dtype(dtype))
     sizes = {"height": request.height, "width": request.width}
     sizes |= {"steps": request.steps, "length": request.max_sequence_length}
-    words, figures = planner.describe(planner.Planner(model, None, **sizes), args.offload, args.vae_tiling)
-    return in_flags(words), figures | {"remedy": in_flags(figures["remedy"] or "") or None}
+    return described(planner.Planner(model, None, **sizes), args)
 
 
 def explain(name: str, found: dict[str, Any], images: Sequence[dict[str, Any]], words: str) -> None:

@@ -5,6 +5,7 @@ benchmark's evaluator reads (`flux_jax.evaluate.benchmarks` has the layouts); pr
 """
 
 import argparse
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from flux_jax.evaluate import benchmarks, image_folders
 from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, Picture, Prompt
 from flux_jax.evaluate.geneval import TAGS
 from flux_jax.evaluate.models import Variant
-from flux_jax.evaluate.render_prompts import once_for_each, painter, recorder
+from flux_jax.evaluate.render_prompts import painter, recorder
 
 Split = Callable[[list[Prompt]], tuple[list[Prompt], list[Prompt]]]  # prompts -> all, this shard's
 Layout = Callable[[list[Prompt], int, int], list[Picture]]  # prompts, pictures of each, first seed
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     compilation_cache.enable()
     devices = jax.local_devices()[: args.devices]
     say(f"{variant} on {len(devices)} x {devices[0].device_kind} ({devices[0].platform}).")
-    draw = once_for_each(painter(variant, sampling))
+    draw = functools.cache(painter(variant, sampling))  # a model is loaded once for all folders of a run
     record = recorder(variant, sampling, devices[0])
     for folder in folders:
         report["made"] += image_folders.make(folder.mine, folder.out, draw, record, devices)

@@ -19,7 +19,7 @@ from flux_jax.cli.main import check_device, guarded, say
 from flux_jax.errors import UserError
 from flux_jax.io import png
 from flux_jax.runtime import compilation_cache, memory, watchdog
-from flux_jax.runtime.environment import set_environment, version
+from flux_jax.runtime.environment import provenance, set_environment
 
 if TYPE_CHECKING:
     from flux_jax.checkpoints.checkpoint import Checkpoint
@@ -112,12 +112,7 @@ def draw(session: Session, todo: list[requests.Request]) -> dict[str, Any]:
     pipe = load(session)
     device = jax.local_devices()[0]
     totals = {"load": time.perf_counter() - start}
-    common = {
-        "dtype": str(pipe.dtype),
-        "model": session.model,
-        "device": f"{device.platform} {device.device_kind}",
-        "versions": {"flux_jax": version(), "jax": jax.__version__, "python": sys.version.split()[0]},
-    }
+    common: dict[str, Any] = {"dtype": str(pipe.dtype), "model": session.model, **provenance(device)}
     made = []
     for group in requests.batches(todo, args.mesh["data"] if args.mesh else 1):
         label = f"{todo.index(group[0]) + 1}/{len(todo)} " if len(todo) > 1 else ""

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -78,9 +79,14 @@ def run(argv: Sequence[str]) -> int:
     planner = Planner(model, args.gpu, height=height, width=width, steps=steps, length=length)
     say(f"Compiling for {planner.device} ...")
     with compiler_silenced():
-        words, figures = describe(planner, args.offload, args.vae_tiling)
+        text, figures = described(planner, args)
     form = "bf16" if model.activations is None else f"ternary, {model.activations} activations"
     head = f"{model.config.name} ({form}), {width}x{height}, {steps} steps"
-    words, figures["remedy"] = in_flags(words), in_flags(figures["remedy"] or "") or None
-    print(json.dumps({"model": model.config.name, "weights": form, **figures}) if args.json else f"{head}\n{words}")
+    print(json.dumps({"model": model.config.name, "weights": form, **figures}) if args.json else f"{head}\n{text}")
     return 0 if figures["fits"] else 4
+
+
+def described(planner: Planner, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """`flux_jax.sampling.planner.describe` for the arguments `offload` and `vae_tiling`, with flags for remedies."""
+    text, figures = describe(planner, args.offload, args.vae_tiling)
+    return in_flags(text), figures | {"remedy": in_flags(figures["remedy"] or "") or None}

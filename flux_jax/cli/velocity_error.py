@@ -95,8 +95,7 @@ def batches_of(texts: Sequence[str], stored: "Checkpoint", seed: int, dtype: Any
     import numpy as np
 
     from flux_jax.checkpoints.tokenizers import Tokenizers
-    from flux_jax.distill.trajectories import noises
-    from flux_jax.sampling import programs
+    from flux_jax.distill.trajectories import encode_each, noises
 
     config = stored.config
     t5, clip = (stored.load(component, dtype) for component in ("t5", "clip"))
@@ -104,7 +103,7 @@ def batches_of(texts: Sequence[str], stored: "Checkpoint", seed: int, dtype: Any
     batches = []
     for start in range(0, len(texts), BATCH):
         some = texts[start : start + BATCH]
-        pairs = [programs.encode(t5, clip, tokenizers.t5([text]), tokenizers.clip([text])) for text in some]
+        pairs = encode_each(t5, clip, tokenizers, some)
         indices = np.arange(start, start + len(some), dtype=np.int32)
         noise = noises(np.uint32(seed), indices, *config.default_grid, config.vae.latent_channels)
         batches.append((noise, *(jnp.concatenate(each) for each in zip(*pairs, strict=True))))

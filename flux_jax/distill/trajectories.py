@@ -11,12 +11,14 @@ noise at every level: what is known not to work, kept for the ablation.
 """
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 from tqdm import tqdm
 
@@ -36,6 +38,13 @@ def order(prompts: list[str], seed: int, count: int) -> list[str]:
     """The prompts of `count` trajectories: all of them in a random order, again and again."""
     chosen = np.random.default_rng((seed, len(prompts))).permutation(len(prompts))
     return [prompts[chosen[j % len(prompts)]] for j in range(count)]
+
+
+def encode_each(
+    t5: nnx.Module, clip: nnx.Module, tokenizers: Tokenizers, prompts: Iterable[str]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """(text [1, t, d], pooled [1, p]) of each prompt as the pipeline encodes it: alone."""
+    return [programs.encode(t5, clip, tokenizers.t5([prompt]), tokenizers.clip([prompt])) for prompt in prompts]
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "columns", "channels"))
@@ -150,11 +159,8 @@ class TrajectorySampler:
         self.transformer = work.load_teacher()
 
     def encode(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """text [b, t, d] and pooled [b, p], float16; each prompt as the pipeline encodes it."""
-        pairs = [
-            programs.encode(self.t5, self.clip, self.tokenizers.t5([prompt]), self.tokenizers.clip([prompt]))
-            for prompt in prompts
-        ]
+        """text [b, t, d] and pooled [b, p], float16."""
+        pairs = encode_each(self.t5, self.clip, self.tokenizers, prompts)
         text, pooled = (np.concatenate([np.asarray(x, STORED) for x in each]) for each in zip(*pairs, strict=True))
         return text, pooled
 

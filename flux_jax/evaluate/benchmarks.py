@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_jax.errors import UserError
-from flux_jax.evaluate.geneval import TAGS
+from flux_jax.evaluate.geneval import check_tag
 from flux_jax.io.fields import wrong_fields
 from flux_jax.io.prompts import read_lines, read_objects, read_table
 
@@ -64,8 +64,7 @@ def read_geneval(path: Path) -> list[Prompt]:
     rows = read_objects(path)
     check_complete(path, rows)
     for number, row in rows:
-        if row.get("tag") not in tuple(TAGS):
-            raise UserError(f"{path}, line {number}: unknown tag {row.get('tag')!r}; GenEval has {', '.join(TAGS)}.")
+        check_tag(row.get("tag"), f"{path}, line {number}")
         if wrong_fields(row, {"prompt": str, "include": list}) or not row["prompt"].strip():
             raise UserError(f'{path}, line {number}: each line needs a "prompt" and a list "include".')
         found.append(Prompt(len(found), row["prompt"], row["tag"], row))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flux_jax.errors import UserError
 from flux_jax.nano.captions import EVALUATION
 from flux_jax.nano.relations import Box, Number, relations
 
@@ -18,6 +19,12 @@ CONFIDENCE = 0.3  # below it a detection does not count ...
 COUNTING_CONFIDENCE = 0.9  # ... nor below this, where objects are counted
 MAX_OBJECTS = 16  # of one class
 MAX_OVERLAP = 1.0  # of two detections of one class; 1 keeps all, as the published scores do
+
+
+def check_tag(tag: Any, where: str) -> None:
+    """UserError, which begins with `where`, for what is none of GenEval's tags."""
+    if tag not in tuple(TAGS):  # a tuple: what a file holds need not be hashable
+        raise UserError(f"{where}: unknown tag {tag!r}; GenEval has {', '.join(TAGS)}.")
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ In: a `Variant`, arguments of the pipeline, `Picture`s. Out: functions for `flux
 that draws on a device, and one that gives the record of a picture.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from flux_jax.evaluate.benchmarks import Picture
 from flux_jax.evaluate.models import Variant
 from flux_jax.io import png
-from flux_jax.runtime.environment import version
+from flux_jax.runtime.environment import provenance
 
 # Of the keys in a file: a folder that an earlier version began is finished with the bytes that it would have had.
 RECORD_ORDER = ("prompt", "seed", "format", "negative_prompt", "steps", "guidance", "true_cfg", "height", "width",
@@ -35,24 +34,10 @@ def painter(variant: Variant, sampling: dict[str, Any]) -> Callable[[Any], Calla
     return on
 
 
-def once_for_each(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The same function, remembering its results: a model is loaded once for all folders of a run."""
-    made: dict[Any, Any] = {}
-
-    def remembered(key: Any) -> Any:
-        if key not in made:
-            made[key] = make(key)
-        return made[key]
-
-    return remembered
-
-
 def recorder(variant: Variant, sampling: dict[str, Any], device: Any) -> Callable[[Picture, Any], dict[str, Any]]:
     """(picture, image) -> the record that its file holds, as `flux_jax.generate` writes it."""
-    import jax
-
     identity = variant.identity()
-    common = {
+    common: dict[str, Any] = {
         "steps": sampling["num_inference_steps"],
         "guidance": sampling["guidance_scale"],
         "true_cfg": 1.0,
@@ -61,8 +46,7 @@ def recorder(variant: Variant, sampling: dict[str, Any], device: Any) -> Callabl
         "max_sequence_length": variant.config().sampling.max_sequence_length,
         "dtype": identity["dtype"],
         "model": {"id": variant.model} | {key: value for key, value in identity.items() if key != "dtype"},
-        "device": f"{device.platform} {device.device_kind}",
-        "versions": {"flux_jax": version(), "jax": jax.__version__, "python": sys.version.split()[0]},
+        **provenance(device),
     }
 
     def record(picture: Picture, image: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from flux_jax.errors import UserError
 from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, PROMPTS
-from flux_jax.evaluate.geneval import TAGS
+from flux_jax.evaluate.geneval import TAGS, check_tag
 from flux_jax.evaluate.image_folders import RUN, read_run
 from flux_jax.io.fields import wrong_fields
 from flux_jax.io.prompts import read_objects
@@ -55,11 +55,10 @@ def read_geneval(path: Path, name: str) -> Measured:
     measured = Measured(name, {tag: {} for tag in TAGS})
     rows = read_objects(path)
     for number, row in rows:
-        if (tag := row.get("tag")) not in tuple(TAGS):
-            raise UserError(f"{path}, line {number}: unknown tag {tag!r}; GenEval has {', '.join(TAGS)}.")
+        check_tag(row.get("tag"), f"{path}, line {number}")
         if wrong_fields(row, {"prompt": str, "correct": bool}):
             raise UserError(f'{path}, line {number}: each line needs "prompt" and a true or false "correct".')
-        measured.scores[tag].setdefault(row["prompt"], []).append(float(row["correct"]))
+        measured.scores[row["tag"]].setdefault(row["prompt"], []).append(float(row["correct"]))
     _same_number({prompt: len(each) for tag in measured.scores.values() for prompt, each in tag.items()}, path)
     if pictures is not None and len(rows) != pictures:
         raise UserError(f"{path} judges {len(rows)} pictures, but {pictures} are there; run the evaluator again.")

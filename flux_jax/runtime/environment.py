@@ -6,6 +6,7 @@ The library never calls `set_environment`; programs do, before JAX is imported.
 
 import importlib.metadata
 import os
+import platform
 from typing import Any
 
 from flux_jax.errors import DISTRIBUTION
@@ -23,6 +24,14 @@ def version_of(package: str) -> str | None:
 def version() -> str:
     """Our own; a checkout that was never installed has none."""
     return version_of(DISTRIBUTION) or "unknown"
+
+
+def provenance(device: Any) -> dict[str, Any]:
+    """What a picture's record says of where it was made: the device of JAX, and versions."""
+    import jax
+
+    versions = {"flux_jax": version(), "jax": jax.__version__, "python": platform.python_version()}
+    return {"device": f"{device.platform} {device.device_kind}", "versions": versions}
 
 
 def set_environment(device: str | None) -> None:
