@@ -5,10 +5,12 @@ model.
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from flux_jax.config import CLIPConfig, FluxConfig, SamplingConfig, T5Config, TransformerConfig, VAEConfig
 from flux_jax.models import params
+from flux_jax.models.quantize import quantize_transformer
 from flux_jax.nano import vocabulary
 
 COMPONENTS = tuple(params.COMPONENTS)
@@ -42,6 +44,10 @@ def schnell_config() -> FluxConfig:
 def published_config() -> FluxConfig:
     """The same as diffusers' classes can express it, too."""
     return dataclasses.replace(config(), transformer=dataclasses.replace(config().transformer, timestep_dim=256))
+
+
+# One program: operation by operation, most of the time would go into compiling each of them for each shape.
+quantized = jax.jit(quantize_transformer, static_argnames=("method", "activations"))
 
 
 def modules(config: FluxConfig, seed: int = 0) -> dict:

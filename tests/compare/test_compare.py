@@ -17,7 +17,6 @@ from flux_jax.checkpoints import writer
 from flux_jax.cli.compare import main
 from flux_jax.compare import clip, drawing, lpips, metrics, report
 from flux_jax.evaluate import nano
-from flux_jax.models import quantize
 from flux_jax.sampling.pipeline import FluxPipeline
 from pallas_kernels import LAYOUT_VERSION
 
@@ -41,7 +40,7 @@ def ternary(tmp_path) -> str:
     """A tiny model with ternary weights."""
     config = tiny_model.config()
     parts = tiny_model.modules(config)
-    parts["transformer"] = quantize.quantize_transformer(parts["transformer"], "least-squares")
+    parts["transformer"] = tiny_model.quantized(parts["transformer"], method="least-squares")
     how = {"layout": LAYOUT_VERSION, "method": "least-squares", "distilled": True, "activations": "bf16"}
     words = tiny_model.tokenizers(tmp_path / "words", config)
     return str(writer.save(tmp_path / "ternary", config, parts, tokenizers=words, quantization=how))

@@ -19,7 +19,7 @@ from flux_jax.cli.generate import main as generate
 from flux_jax.errors import UserError
 from flux_jax.io import png
 from flux_jax.models.params import leaves
-from flux_jax.models.quantize import METHODS, quantization_report, quantize_transformer, ternarize, ternary_paths
+from flux_jax.models.quantize import METHODS, quantization_report, ternarize, ternary_paths
 from flux_jax.sampling.pipeline import FluxPipeline
 from pallas_kernels import LAYOUT_VERSION, unpack_ternary
 
@@ -101,7 +101,7 @@ def test_every_source_gives_the_same(original, folder, pristine, tmp_path):
 def test_loading(original, pristine):
     """Equal to rounding the loaded transformer; a dtype that is asked for leaves codes and scales alone."""
     opened = Checkpoint.open(pristine)
-    expected = dict(leaves(quantize_transformer(Checkpoint.open(original).load("transformer"))))
+    expected = dict(leaves(tiny_model.quantized(Checkpoint.open(original).load("transformer"))))
     loaded = opened.using("int8").load("transformer", dtype=jnp.bfloat16)
     assert loaded.single_blocks.linear1.activations == "int8"
     assert opened.load("transformer").double_blocks.img.qkv.activations == "bf16"

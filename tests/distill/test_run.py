@@ -24,7 +24,6 @@ from flux_jax.distill.run import prepare, train_student
 from flux_jax.distill.trajectories import load_or_make
 from flux_jax.errors import UserError
 from flux_jax.io.prompts import held_out, split
-from flux_jax.models import quantize
 from flux_jax.training.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("hasty_compiler")
@@ -319,7 +318,7 @@ def test_teachers_prompts_and_folders_that_will_not_do(folder, tmp_path, monkeyp
     refused(folder, run, tiny.PROMPTS, "no checkpoint", teacher=tmp_path / "nowhere")
     made = tiny.config()
     ternary = tmp_path / "ternary"
-    modules = {"transformer": quantize.quantize_transformer(tiny.tiny_model.modules(made)["transformer"])}
+    modules = {"transformer": tiny.tiny_model.quantized(tiny.tiny_model.modules(made)["transformer"])}
     about = {"layout": 1, "method": "least-squares", "distilled": False, "activations": "bf16"}
     writer.save(ternary, made, modules, quantization=about)
     refused(folder, run, tiny.PROMPTS, "ternary already", teacher=ternary)

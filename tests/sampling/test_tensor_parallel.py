@@ -19,7 +19,6 @@ from flux_jax.checkpoints import orbax_writer, writer
 from flux_jax.cli import arguments, requests
 from flux_jax.config import TransformerConfig
 from flux_jax.errors import UserError
-from flux_jax.models.quantize import quantize_transformer
 from flux_jax.runtime import aot
 from flux_jax.sampling import tensor_parallel
 
@@ -52,7 +51,7 @@ def save_models(folder: Path) -> dict[str, Path]:
     modules = tiny_model.modules(config())
     words = tiny_model.tokenizers(folder / "words", config())
     made["float"] = writer.save(folder / "float", config(), modules, tokenizers=words)
-    modules["transformer"] = quantize_transformer(modules["transformer"])
+    modules["transformer"] = tiny_model.quantized(modules["transformer"])
     about = {"layout": 1, "method": "least-squares", "distilled": True, "activations": "bf16"}
     made["ternary"] = writer.save(folder / "ternary", config(), modules, tokenizers=words, quantization=about)
     scale = modules["transformer"].single_blocks.linear2.scale
