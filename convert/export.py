@@ -22,7 +22,7 @@ from convert.sources import TOKENIZER_FOLDERS
 from convert.weight_format import dense_stream, dense_table
 from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.errors import UserError
-from flux_jax.io.atomic import begin, disk_is_full, publish, working_name
+from flux_jax.io.atomic import WholeFolder, cannot_write
 from flux_jax.io.safetensors import FLOATS, file_header
 from flux_jax.models.params import COMPONENTS, abstract_component, leaf_table
 
@@ -47,22 +47,16 @@ STORED = set(map(np.dtype, FLOATS.values()))
 def export(name: str | Path, out: Path, *, quiet: bool = False) -> None:
     """Writes the folder `out`, whole or not at all. UserError where it exists or the checkpoint lacks a component."""
     checkpoint = Checkpoint.open(name)
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another name")
     if missing := COMPONENTS.keys() - set(checkpoint.components):
         raise UserError(f"{checkpoint.directory} has no {', '.join(sorted(missing))}: diffusers needs every part")
-    working = working_name(out)
-    begin(working)
-    try:
-        _write_small(checkpoint, working)
-        for component, folder in configs.FOLDERS.items():
-            _write_component(checkpoint, component, working / folder / WEIGHTS[component], quiet)
-        publish(working, out)
-    except OSError as error:
-        reason = "the disk is full" if disk_is_full(error) else error.strerror or str(error)
-        raise UserError(f"cannot write {out}: {reason}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
+    with WholeFolder(out) as folder:
+        try:
+            _write_small(checkpoint, folder.working)
+            for component, name in configs.FOLDERS.items():
+                _write_component(checkpoint, component, folder.working / name / WEIGHTS[component], quiet)
+        except OSError as error:
+            raise cannot_write(out, error) from error
+        folder.publish()
 
 
 def _write_small(checkpoint: Checkpoint, working: Path) -> None:

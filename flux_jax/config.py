@@ -1,30 +1,62 @@
 """What a FLUX model is, as numbers: frozen dataclasses that describe every part, to and from JSON.
 
 In: a preset name, or the `configs` object of a checkpoint's manifest. Out: `FluxConfig`, from which each module in
-`flux_jax.models` is built. No other file holds a dimension. Sources: the config files published with FLUX.1-dev and
-FLUX.1-schnell, and black-forest-labs/flux `src/flux/util.py`.
+`flux_jax.models` is built; ValueError for numbers that no model has, before anything is sized by them. No other file
+holds a dimension. Sources: the config files published with FLUX.1-dev and FLUX.1-schnell, and black-forest-labs/flux
+`src/flux/util.py`.
 """
 
 import dataclasses
+import math
 import typing
 from typing import Any
 
+from flux_jax.errors import shortened
+
+WIDTH = (1, 2**20)  # bounds of a dimension, of a count of heads, of layers: far beyond any model's
+HEADS = (1, 2**12)
+LAYERS = (0, 2**10)
+
+
+def within(default: Any, bounds: tuple[int | float, int | float]) -> Any:
+    """A field whose value, or each of whose values, lies within bounds, both included."""
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
+
 
 @dataclasses.dataclass(frozen=True)
-class TransformerConfig:
+class Bounded:
+    """What all sections share: every number is finite and within its field's bounds, and `faults` finds nothing."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, bounds = getattr(self, field.name), field.metadata.get("bounds")
+            for number in value if isinstance(value, tuple) else (value,):
+                if bounds and not (math.isfinite(number) and bounds[0] <= number <= bounds[1]):
+                    raise ValueError(f"{field.name} must be from {bounds[0]:g} to {bounds[1]:g}, not {number!r}")
+        if faults := self.faults():
+            raise ValueError("; ".join(faults))
+
+    def faults(self) -> list[str]:
+        """What is wrong with the numbers together."""
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(Bounded):
     """The velocity model: double-stream blocks (image and text apart), then single-stream blocks (together)."""
 
-    in_channels: int = 64  # of a token: latent channels x 2 x 2 patch
-    hidden_size: int = 3072
-    num_heads: int = 24
-    num_double_blocks: int = 19
-    num_single_blocks: int = 38
-    text_dim: int = 4096
-    pooled_dim: int = 768
-    mlp_ratio: int = 4
-    axes_dim: tuple[int, ...] = (16, 56, 56)  # rotary widths of (index, row, column); their sum is the head width
-    theta: float = 10_000.0
-    timestep_dim: int = 256  # width of the sinusoidal embedding of t and guidance
+    in_channels: int = within(64, WIDTH)  # of a token: latent channels x 2 x 2 patch
+    hidden_size: int = within(3072, WIDTH)
+    num_heads: int = within(24, HEADS)
+    num_double_blocks: int = within(19, LAYERS)
+    num_single_blocks: int = within(38, LAYERS)
+    text_dim: int = within(4096, WIDTH)
+    pooled_dim: int = within(768, WIDTH)
+    mlp_ratio: int = within(4, (1, 64))
+    # rotary widths of (index, row, column); their sum is the head width
+    axes_dim: tuple[int, ...] = within((16, 56, 56), (2, 4096))
+    theta: float = within(10_000.0, (1.0, 1e12))
+    timestep_dim: int = within(256, (2, 2**16))  # width of the sinusoidal embedding of t and guidance
     guidance_embeds: bool = True
 
     @property
@@ -35,55 +67,87 @@ class TransformerConfig:
     def mlp_dim(self) -> int:
         return self.hidden_size * self.mlp_ratio
 
-    def __post_init__(self):
+    def faults(self) -> list[str]:
+        found = []
         if self.hidden_size % self.num_heads or sum(self.axes_dim) != self.head_dim:
-            raise ValueError(
+            found.append(
                 f"hidden_size / num_heads = {self.hidden_size} / {self.num_heads} must equal sum(axes_dim), "
                 f"axes_dim = {self.axes_dim}"
             )
+        if len(self.axes_dim) != 3 or any(width % 2 for width in self.axes_dim):
+            found.append(f"axes_dim must be three even widths, not {self.axes_dim}")
+        if self.in_channels % 4:
+            found.append(f"in_channels must be a multiple of 4, for patches of 2 x 2, not {self.in_channels}")
+        if self.timestep_dim % 2:
+            found.append(f"timestep_dim must be even, not {self.timestep_dim}")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
+class T5Config(Bounded):
     """T5 v1.1 encoder (gated GELU, relative positions, no biases)."""
 
-    vocab_size: int = 32128
-    d_model: int = 4096
-    d_ff: int = 10240
-    num_heads: int = 64
-    head_dim: int = 64
-    num_layers: int = 24
-    num_buckets: int = 32
-    max_distance: int = 128
-    eps: float = 1e-6
+    vocab_size: int = within(32128, WIDTH)
+    d_model: int = within(4096, WIDTH)
+    d_ff: int = within(10240, WIDTH)
+    num_heads: int = within(64, HEADS)
+    head_dim: int = within(64, HEADS)
+    num_layers: int = within(24, (1, LAYERS[1]))
+    num_buckets: int = within(32, (4, 4096))
+    max_distance: int = within(128, (2, WIDTH[1]))
+    eps: float = within(1e-6, (1e-12, 0.1))
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.num_buckets % 4:
+            found.append(f"num_buckets must be a multiple of 4, not {self.num_buckets}")
+        if self.max_distance <= self.num_buckets // 4:
+            found.append(f"max_distance must be above num_buckets / 4 = {self.num_buckets // 4}")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPConfig:
+class CLIPConfig(Bounded):
     """CLIP text tower; `eos_token_id` 2 is the historical value that means "pool at the largest token id"."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 768
-    mlp_dim: int = 3072
-    num_heads: int = 12
-    num_layers: int = 12
-    max_positions: int = 77
-    eos_token_id: int = 2
-    eps: float = 1e-5
+    vocab_size: int = within(49408, WIDTH)
+    hidden_size: int = within(768, WIDTH)
+    mlp_dim: int = within(3072, WIDTH)
+    num_heads: int = within(12, HEADS)
+    num_layers: int = within(12, (1, LAYERS[1]))
+    max_positions: int = within(77, (2, 2**16))
+    eos_token_id: int = within(2, (0, WIDTH[1]))
+    eps: float = within(1e-5, (1e-12, 0.1))
     activation: typing.Literal["quick_gelu", "gelu"] = "quick_gelu"
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.hidden_size % self.num_heads:
+            found.append(f"num_heads = {self.num_heads} must divide hidden_size = {self.hidden_size}")
+        if self.eos_token_id >= self.vocab_size:
+            found.append(f"eos_token_id = {self.eos_token_id} must be below vocab_size = {self.vocab_size}")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Bounded):
     """Convolutional autoencoder; pixels shrink by `factor`, latents are normalised by shift and scale."""
 
-    image_channels: int = 3
-    latent_channels: int = 16
-    channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_groups: int = 32
-    scaling_factor: float = 0.3611
-    shift_factor: float = 0.1159
+    image_channels: int = within(3, (3, 3))
+    latent_channels: int = within(16, WIDTH)
+    channels: tuple[int, ...] = within((128, 256, 512, 512), WIDTH)
+    layers_per_block: int = within(2, (1, 64))
+    norm_groups: int = within(32, HEADS)
+    scaling_factor: float = within(0.3611, (1e-4, 1e4))
+    shift_factor: float = within(0.1159, (-1e4, 1e4))
+
+    def faults(self) -> list[str]:
+        found = []
+        if not 1 <= len(self.channels) <= 8:
+            found.append(f"channels must have from 1 to 8 levels, not {len(self.channels)}")
+        if any(width % self.norm_groups for width in self.channels):
+            found.append(f"norm_groups = {self.norm_groups} must divide channels = {self.channels}")
+        return found
 
     @property
     def factor(self) -> int:
@@ -92,24 +156,31 @@ class VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Bounded):
     """The schedule (resolution-dependent shift of the noise levels) and the defaults of a generation."""
 
-    base_seq_len: int = 256
-    max_seq_len: int = 4096
-    base_shift: float = 0.5
-    max_shift: float = 1.15
+    base_seq_len: int = within(256, WIDTH)
+    max_seq_len: int = within(4096, WIDTH)
+    base_shift: float = within(0.5, (-10.0, 10.0))
+    max_shift: float = within(1.15, (-10.0, 10.0))
     use_dynamic_shifting: bool = True
-    num_inference_steps: int = 28
-    guidance_scale: float = 3.5
-    max_sequence_length: int = 512  # T5 tokens
-    height: int = 1024
-    width: int = 1024
+    num_inference_steps: int = within(28, (1, 1000))
+    guidance_scale: float = within(3.5, (0.0, 100.0))
+    max_sequence_length: int = within(512, (1, 2**16))  # T5 tokens
+    height: int = within(1024, (1, 2**14))
+    width: int = within(1024, (1, 2**14))
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.max_seq_len <= self.base_seq_len:
+            found.append(f"max_seq_len = {self.max_seq_len} must be above base_seq_len = {self.base_seq_len}")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
-class FluxConfig:
-    """All parts of one model. `to_json` and `from_json` are inverse; unknown or missing keys raise ValueError."""
+class FluxConfig(Bounded):
+    """All parts of one model. `to_json` and `from_json` are inverse; unknown or missing keys, and values of a wrong
+    type or out of bounds, raise ValueError."""
 
     name: str = "FLUX.1-dev"
     transformer: TransformerConfig = TransformerConfig()
@@ -117,6 +188,22 @@ class FluxConfig:
     clip: CLIPConfig = CLIPConfig()
     vae: VAEConfig = VAEConfig()
     sampling: SamplingConfig = SamplingConfig()
+
+    def faults(self) -> list[str]:
+        fits = 0 < len(self.name) <= 200 and self.name.isprintable()
+        return [] if fits else ["name must be one line of at most 200 characters"]
+
+    def mismatches(self) -> list[str]:
+        """Where the components do not fit each other: they were not made for one model."""
+        pairs = {
+            "T5's width and the transformer's text_dim": (self.t5.d_model, self.transformer.text_dim),
+            "CLIP's width and the transformer's pooled_dim": (self.clip.hidden_size, self.transformer.pooled_dim),
+            "4 latent channels and the transformer's in_channels": (
+                4 * self.vae.latent_channels,
+                self.transformer.in_channels,
+            ),
+        }
+        return [f"{what} are {ours} and {theirs}" for what, (ours, theirs) in pairs.items() if ours != theirs]
 
     @property
     def default_grid(self) -> tuple[int, int]:
@@ -140,8 +227,10 @@ def _from_json(cls, data, where: str):
     if not isinstance(data, dict):
         raise ValueError(f"{where} must be an object, got {type(data).__name__}")
     types = typing.get_type_hints(cls)
-    if faults := sorted(set(data) ^ set(types)):
-        raise ValueError(f"{where} must have exactly the keys {sorted(types)}; missing or unknown: {faults}")
+    if unknown := sorted(set(data) - set(types)):
+        raise ValueError(f"{where} has the unknown {_keys(unknown)}")
+    if missing := sorted(set(types) - set(data)):
+        raise ValueError(f"{where} lacks the {_keys(missing)}")
     values = {}
     for key, value in data.items():
         expected = types[key]
@@ -151,17 +240,25 @@ def _from_json(cls, data, where: str):
         origin = typing.get_origin(expected)
         if origin is tuple:
             if not isinstance(value, list | tuple) or not all(type(v) is int for v in value):
-                raise ValueError(f"{where}.{key} must be a list of integers, got {value!r}")
+                raise ValueError(f"{where}.{key} must be a list of integers, got {shortened(value)}")
             value = tuple(value)
         elif origin is typing.Literal:
             if value not in typing.get_args(expected):
-                raise ValueError(f"{where}.{key} must be one of {typing.get_args(expected)}, got {value!r}")
+                raise ValueError(f"{where}.{key} must be one of {typing.get_args(expected)}, got {shortened(value)}")
         elif expected is float and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) < 2**63 else math.inf
         elif type(value) is not expected:
-            raise ValueError(f"{where}.{key} must be {expected.__name__}, got {value!r}")
+            raise ValueError(f"{where}.{key} must be {expected.__name__}, got {shortened(value)}")
         values[key] = value
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _keys(names: list[str]) -> str:
+    shown = ", ".join(shortened(name) for name in names[:3])
+    return f"key{'s' if len(names) > 1 else ''} {shown}{' ...' if len(names) > 3 else ''}"
 
 
 def dev() -> FluxConfig:

@@ -1,17 +1,27 @@
-"""The one exception that stands for a user's mistake: a sentence to print and the process's exit code; and the command
-that most of these sentences end with."""
+"""The one exception that stands for a user's mistake: a sentence to print and the process's exit code; how a value is
+shown in one, and the command that most of them end with."""
 
 from pathlib import Path
+from typing import Any
 
 DISTRIBUTION = "flux-jax-ternary"
+LONGEST = 300  # characters of a line of a message
 
 
 class UserError(Exception):
-    """Something that the user can mend. `exit_code`: 2 bad input, 3 missing or gated weights, 4 out of memory."""
+    """Something that the user can mend. `exit_code`: 2 bad input, 3 missing or gated weights, 4 out of memory. A line
+    that a stranger's name or value made too long loses its middle."""
 
     def __init__(self, message: str, exit_code: int = 2):
-        super().__init__(message)
+        lines = (line if len(line) <= LONGEST else f"{line[:180]} ... {line[-115:]}" for line in message.split("\n"))
+        super().__init__("\n".join(lines))
         self.exit_code = exit_code
+
+
+def shortened(value: Any, most: int = 60, *, quote: bool = True) -> str:
+    """A value, or with `quote` false a text, as it is shown in a sentence: its middle left out where it is long."""
+    text = repr(value) if quote else str(value)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-(most // 2 - 5) :]}"
 
 
 def pip_install(extra: str = "") -> str:

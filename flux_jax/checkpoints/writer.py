@@ -17,7 +17,7 @@ from flux_jax.checkpoints.manifest import MANIFEST, TOKENIZERS, VERSION, lined_j
 from flux_jax.checkpoints.orbax_writer import OrbaxWriter
 from flux_jax.config import FluxConfig
 from flux_jax.errors import DISTRIBUTION, UserError
-from flux_jax.io.atomic import begin, disk_is_full, publish, working_name
+from flux_jax.io.atomic import WholeFolder, cannot_write, disk_is_full
 from flux_jax.models.params import leaves
 from flux_jax.runtime.environment import version_of
 
@@ -45,37 +45,37 @@ def save(
     return Path(directory)
 
 
+def no_checkpoint(folder: Path) -> str | None:
+    """Why a checkpoint does not replace what is there; None where it is one, too."""
+    return None if (folder / MANIFEST).is_file() else "is not a checkpoint"
+
+
 class CheckpointWriter:
     """A checkpoint written weight by weight; what that takes of memory: `flux_jax.checkpoints.orbax_writer`.
 
     A context manager: leaving it without `finish`, by an error or an interruption, leaves nothing behind. The work is
-    done in `NAME.partial`; after a crash the next writer of the same name deletes that and starts clean.
+    done in a `WholeFolder`. UserError on entering where the name is taken, or another process writes it.
     """
 
     def __init__(self, directory: str | Path, *, overwrite: bool = False):
-        self.directory, self.overwrite = Path(directory), overwrite
-        self.working = working_name(self.directory)
+        self.directory = Path(directory)
+        self._folder = WholeFolder(self.directory, overwrite=overwrite, ours=no_checkpoint)
+        self.working = self._folder.working
         self._tables: dict[str, dict[str, tuple[str, list[int]]]] = {}
         self._tree: OrbaxWriter | None = None  # of the component that is being written
 
     def __enter__(self) -> "CheckpointWriter":
-        if self.directory.exists() and not self.overwrite:
-            raise UserError(
-                f"{self.directory} exists already: choose another name, or give overwrite=True to replace it"
-            )
-        if self.overwrite and self.directory.exists() and not (self.directory / MANIFEST).is_file():
-            raise UserError(f"{self.directory} is not a checkpoint, so it is not overwritten: choose another name")
-        begin(self.working)
+        self._folder.__enter__()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         if self._tree is not None:
             self._tree.abandon()
-        shutil.rmtree(self.working, ignore_errors=True)
-        if error is not None and disk_is_full(error):
-            raise UserError(
-                f"the disk of {self.directory} is full: free some space; nothing was left behind"
-            ) from error
+        self._folder.__exit__(kind, error, trace)
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            ours = isinstance(error, OSError) and str(self.working) in str(error)
+            if ours or disk_is_full(error):
+                raise cannot_write(self.directory, error) from error
 
     def add(self, component: str, name: str, value: np.ndarray) -> None:
         """The next weight (outside name, one layer). The weights of a component come one after the other."""
@@ -127,4 +127,4 @@ class CheckpointWriter:
         for note in self.working.glob("*/commit_success.txt"):  # Orbax names a folder of this machine in it
             note.write_text("Checkpoint commit was successful\n")
         checksums.write(self.working)
-        publish(self.working, self.directory)
+        self._folder.publish()

@@ -45,6 +45,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message[:1].upper()}{message[1:]}; see --help.")
 
 
+def path(text: str) -> Path:
+    """A path among the arguments. A shell expands "~" only where a word begins with it, not behind "--output=": here it
+    is always the home folder. UserError where there is none."""
+    if text == "~" or text.startswith("~/"):
+        home = os.path.expanduser(text)
+        if home == text:
+            raise UserError(f"{text} is in the home folder, and this machine names none: set HOME, or give the path.")
+        return Path(home)
+    return Path(text)
+
+
 def program(name: str) -> str:
     """How the program was called, for its usage line."""
     if Path(sys.argv[0]).name == SCRIPT:

@@ -30,9 +30,11 @@ class MemmapWriter:
     """The folder while it is written: by the leading process alone, but every process must call `finish`."""
 
     def __init__(self, folder: Path, layout: Layout):
-        self.folder, self.working, self.lead = folder, atomic.working_name(folder), jax.process_index() == 0
+        self.lead = jax.process_index() == 0
+        self._whole = atomic.WholeFolder(folder)
+        self.folder, self.working = folder, self._whole.working
         if self.lead:
-            atomic.begin(self.working)
+            self._whole.__enter__()
             for name, entry in layout.items():
                 with (self.working / f"{name}.bin").open("wb") as file:
                     file.truncate(bytes_of({name: entry}))
@@ -51,7 +53,8 @@ class MemmapWriter:
             for array in self.arrays.values():
                 array.flush()
             self.arrays = {}
-            atomic.publish(self.working, self.folder)
+            self._whole.publish()
+            self._whole.__exit__()
         mesh.barrier(f"store {self.folder.name}")
 
 

@@ -1,50 +1,231 @@
-"""Files and directories that appear under their names whole or not at all.
+"""Files and folders that appear under their names whole or not at all, each written by one process at a time.
 
-In: bytes for a file; or a finished working directory, to be brought to the disk and given its name. Out: UserError in a
-sentence where something is in the way or the disk refuses; nothing half-written, also when the process is killed.
+In: bytes for a file; or a folder to fill, which then gets its name. Out: UserError in a sentence where something is in
+the way, another process is writing the same, or the disk refuses; nothing half-written, also when the process is killed
+between any two steps.
+
+What is unfinished lies beside the name asked for, `.NAME.flux-partial`, so that one rename ends the work; what that
+replaces is called `.NAME.flux-old` for a moment where the file system cannot exchange two names at once. Nobody else
+uses such names: whatever has one was left by a process that was killed, and goes when the next one writes NAME. Which
+is alive and which is dead tells `.NAME.flux-lock`, for the system lets go of a process's locks when it ends. A link at
+NAME is followed: its target is written.
 """
 
 import contextlib
+import ctypes
 import errno
+import fcntl
+import hashlib
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flux_jax.errors import UserError
 
-MARK = ".flux_jax_partial"  # in an unfinished directory of ours: it may be deleted
+PATIENCE = 20.0  # seconds that a file may be in another process's hands: it is written in far less
+NAME_BYTES = 255  # of a file's name, where the system does not say otherwise
+NO_REPLACE, EXCHANGE = 1, 2  # flags of renameat2(2)
+UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # this kernel or file system has no such thing
 
 
-def working_name(final: Path) -> Path:
-    """Where a directory is written before it gets its name: beside it, so that a rename is enough."""
-    return final.with_name(final.name + ".partial")
+class WholeFolder:
+    """A folder, `working` while it is filled, that gets its name by `publish`. A context manager: leaving it without
+    that, by an error or an interruption, leaves nothing behind.
+
+    UserError on entering it where the name is taken, if not `overwrite`, or taken by something that is not `ours`: what
+    that says of it, or None.
+    """
+
+    def __init__(self, folder: Path, *, overwrite: bool = False, ours: Callable[[Path], str | None] = lambda _: None):
+        self.folder, self.overwrite, self.ours = folder, overwrite, ours
+        self.final = followed(folder)
+        self.working, self._old = beside(self.final, "partial"), beside(self.final, "old")
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> "WholeFolder":
+        check_writable(self.folder, folder=True)
+        try:
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(exclusive(self.folder))
+            try:
+                self._clear()
+                self._check_free()
+                self.working.mkdir()
+            except BaseException:
+                self._held.close()
+                raise
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._held:
+            self._clear()
+
+    def _check_free(self) -> None:
+        if not os.path.lexists(self.final):
+            return
+        if not self.overwrite:
+            raise UserError(f"{self.folder} exists already: choose another name, or give overwrite=True to replace it")
+        if wrong := self.ours(self.final):
+            raise UserError(f"{self.folder} {wrong}, so it is not overwritten: choose another name")
+
+    def _clear(self) -> None:
+        """Removes what was left unfinished; what was being replaced gets its name again."""
+        if self._old.exists() and not self.final.exists():
+            os.rename(self._old, self.final)
+        for leftover in (self.working, self._old):
+            remove(leftover)
+
+    def publish(self) -> None:
+        """Brings the folder to the disk and gives it its name; one that had the name goes thereafter. UserError where
+        that cannot be done."""
+        try:
+            sync_tree(self.working)
+            if not self.final.exists():
+                os.rename(self.working, self.final)
+            elif not _rename(self.working, self.final, EXCHANGE):
+                os.rename(self.final, self._old)
+                os.rename(self.working, self.final)
+            _sync(self.final.parent)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
 
 
-def begin(working: Path) -> None:
-    """An empty working directory; one left by a crash is deleted. UserError where another's is in the way."""
-    if working.exists() and not (working / MARK).is_file():
-        raise UserError(f"{working} is in the way and not ours: move it elsewhere")
-    shutil.rmtree(working, ignore_errors=True)
+def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """A file that appears complete under its name or not at all, also when the disk is full or the process killed."""
+    check_writable(path)
+    final = followed(path)
+    working = beside(final, "partial")
     try:
-        working.mkdir(parents=True)
-        (working / MARK).touch()
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path, PATIENCE):
+            try:
+                working.unlink(missing_ok=True)
+                with open(working, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if overwrite:
+                    os.replace(working, final)
+                elif not _rename(working, final, NO_REPLACE):
+                    os.link(working, final)  # fails where the name is taken, too
+            finally:
+                working.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{path} exists; choose another name, or pass overwrite=True to replace it.") from error
     except OSError as error:
-        raise UserError(f"cannot write {working}: {error.strerror}") from error
+        raise cannot_write(path, error) from error
 
 
-def publish(working: Path, final: Path) -> None:
-    """Brings a complete working directory to the disk and gives it its name; one that had the name goes thereafter."""
-    (working / MARK).unlink()
-    sync_tree(working)
-    old = final.with_name(final.name + ".old")
-    if final.exists():
-        os.rename(final, old)
-    os.rename(working, final)
-    _sync(final.absolute().parent)
-    shutil.rmtree(old, ignore_errors=True)
+@contextlib.contextmanager
+def exclusive(path: Path, patience: float = 0.0) -> Iterator[None]:
+    """One process, and one thread, at a time writes `path`, whose folder is there. UserError where another one still
+    does after `patience` seconds. A file system without locks has none to offer: there it is up to the user."""
+    lock, until = beside(followed(path), "lock"), time.monotonic() + patience
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if _locked(descriptor) and _is_at(descriptor, lock):
+                break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if time.monotonic() > until:
+            raise UserError(f"{path} is being written by another process: wait for it, or choose another name.")
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (*UNKNOWN, errno.ENOLCK):
+            raise
+    return True
+
+
+def _is_at(descriptor: int, lock: Path) -> bool:
+    """Whether the open file still has that name: the one before may have removed it as we waited."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(lock))
+    except FileNotFoundError:
+        return False
+
+
+def beside(path: Path, what: str) -> Path:
+    """Our own name beside a path: of what is unfinished ("partial"), replaced ("old"), or of its "lock"."""
+    name = path.name
+    if len(os.fsencode(name)) > NAME_BYTES - 20:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(f".{name}.flux-{what}")
+
+
+def followed(path: Path) -> Path:
+    """The absolute path without links: where a file of that name is written."""
+    return Path(os.path.realpath(path))
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Raises UserError if no file, or `folder`, can be made at `path`, as far as that can be known before trying: its
+    names are too long, something else is there, or its folder cannot be written."""
+    try:
+        final = followed(path)
+        if not final.name:
+            raise UserError(f"Cannot write {path}: give the name of a file or folder.")
+        above = next(parent for parent in final.parents if parent.exists())
+        limit = os.pathconf(above, "PC_NAME_MAX") if above.is_dir() else NAME_BYTES
+        for name in final.parts:
+            if (length := len(os.fsencode(name))) > limit:
+                raise UserError(
+                    f"Cannot write {path}: {name[:20]}... is a name of {length} bytes, and {limit} are the most."
+                )
+        final.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise cannot_write(path, error) from error
+    if not above.is_dir():
+        raise UserError(f"Cannot write {path}: {above} is not a folder.")
+    if final.exists() and (final.is_dir() if not folder else not final.is_dir()):
+        raise UserError(f"Cannot write {path}: it is a {'file' if folder else 'folder'}.")
+    if final.exists() and not (folder or final.is_file()):
+        raise UserError(f"Cannot write {path}: it is a pipe or a device.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"Cannot write {path}: no permission to write in {above}.")
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """The sentence for a file or folder that the system refuses."""
+    if disk_is_full(error):
+        return UserError(f"Cannot write {path}: its disk is full; free some space. Nothing was left behind.")
+    return UserError(f"Cannot write {path}: {getattr(error, 'strerror', None) or error}.")
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """True for the operating system's error, and for TensorStore's, which carries it as text."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return bool(re.search(r"No space left|ENOSPC|Disk quota exceeded|File too large", str(error)))
 
 
 def sync_tree(directory: Path) -> None:
@@ -63,66 +244,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def disk_is_full(error: BaseException) -> bool:
-    """True for the operating system's error, and for TensorStore's, which carries it as text."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def _rename(source: Path, target: Path, flag: int) -> bool:
+    """renameat2(2), which Python does not offer: NO_REPLACE fails where the target is there, EXCHANGE gives each the
+    other's name in one step. False where the system cannot do that; OSError where it will not."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    here = -100  # AT_FDCWD
+    if call(here, os.fsencode(source), here, os.fsencode(target), flag) == 0:
         return True
-    return bool(re.search(r"No space left|ENOSPC|Disk quota exceeded|File too large", str(error)))
-
-
-def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
-    """A file that appears complete under its name or not at all, also when the disk is full or the process killed."""
-    check_writable(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path.parent) as (descriptor, temporary):
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o666 & ~_umask())
-            if overwrite:
-                os.replace(temporary, path)
-            else:
-                _publish_new(temporary, path)
-    except FileExistsError as error:
-        raise UserError(f"{path} exists; choose another name, or pass overwrite=True to replace it.") from error
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
-
-
-def check_writable(path: Path) -> None:
-    """Raises UserError if no file can be made at `path`, as far as that can be known before trying."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise UserError(f"Cannot write {path}: {folder} is not a folder.")
-    if path.is_dir():
-        raise UserError(f"Cannot write {path}: it is a folder.")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"Cannot write {path}: no permission to write in {folder}.")
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path) -> Iterator[tuple[int, str]]:
-    descriptor, name = tempfile.mkstemp(prefix=".flux-", suffix=".part", dir=folder)
-    try:
-        yield descriptor, name
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def _publish_new(temporary: str, path: Path) -> None:
-    """Rename that fails where `path` exists: a hard link is the portable way to ask for that in one operation."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if path.exists():
-            raise FileExistsError(path) from None
-        os.replace(temporary, path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    number = ctypes.get_errno()
+    if number in UNKNOWN:
+        return False
+    raise OSError(number, os.strerror(number), str(source), None, str(target))

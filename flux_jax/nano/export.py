@@ -112,18 +112,12 @@ def export_student(student: Path, out: Path, evaluation: Path | None = None, ove
     quantization = stored.manifest["quantization"]
     if not (quantization and quantization["distilled"]):
         raise UserError(f"{student} is no student of flux_jax.distill.")
-    if out.exists() and not (overwrite and checkpoint.is_checkpoint(out)):
-        raise UserError(f"{out} exists already: choose another name, or give overwrite=True to replace a checkpoint.")
-    working = atomic.working_name(out)
-    atomic.begin(working)
-    try:
-        shutil.copytree(stored.directory, working, dirs_exist_ok=True)
+    with atomic.WholeFolder(out, overwrite=overwrite, ours=writer.no_checkpoint) as folder:
+        shutil.copytree(stored.directory, folder.working, dirs_exist_ok=True)
         for name, content in card_files(student_card(quantization, evaluation), evaluation).items():
-            (working / name).write_bytes(content)
-        checksums.write(working)
-        atomic.publish(working, out)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
+            (folder.working / name).write_bytes(content)
+        checksums.write(folder.working)
+        folder.publish()
 
 
 def card_files(text: str, evaluation: Path | None) -> dict[str, bytes]:
