@@ -35,31 +35,41 @@ class WholeFolder:
     """A folder, `working` while it is filled, that gets its name by `publish`. A context manager: leaving it without
     that, by an error or an interruption, leaves nothing behind.
 
-    UserError on entering it where the name is taken, if not `overwrite`, or taken by something that is not `ours`: what
-    that says of it, or None.
+    UserError where no folder can be made there; and on entering it where the name is taken, if not `overwrite`, or
+    taken by something that is not `ours`: what that says of it, or None.
     """
 
     def __init__(self, folder: Path, *, overwrite: bool = False, ours: Callable[[Path], str | None] = lambda _: None):
+        check_writable(folder, folder=True)
         self.folder, self.overwrite, self.ours = folder, overwrite, ours
         self.final = followed(folder)
         self.working, self._old = beside(self.final, "partial"), beside(self.final, "old")
         self._held = contextlib.ExitStack()
 
+    def check(self) -> None:
+        """Raises the UserError that entering would raise now: before work whose result could not be kept."""
+        if self.final.parent.is_dir():
+            with self._ready():
+                pass
+
     def __enter__(self) -> "WholeFolder":
-        check_writable(self.folder, folder=True)
-        try:
-            self.final.parent.mkdir(parents=True, exist_ok=True)
-            self._held.enter_context(exclusive(self.folder))
+        with contextlib.ExitStack() as held:
             try:
-                self._clear()
-                self._check_free()
+                self.final.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(self._ready())
                 self.working.mkdir()
-            except BaseException:
-                self._held.close()
-                raise
-        except OSError as error:
-            raise cannot_write(self.folder, error) from error
+            except OSError as error:
+                raise cannot_write(self.folder, error) from error
+            self._held = held.pop_all()
         return self
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The lock is held, nothing that a killed process left is in the way, and the name is free."""
+        with exclusive(self.folder):
+            self._clear()
+            self._check_free()
+            yield
 
     def __exit__(self, *_: object) -> None:
         with self._held:

@@ -85,8 +85,10 @@ def parse_json(text: str | bytes, where: str, remedy: str = "") -> Any:
         json.dumps(value, ensure_ascii=False).encode()  # an escape such as \ud800 alone is half a character
     except RecursionError:
         wrong = f"more than {DEPTH} levels deep"
+    except UnicodeEncodeError as error:
+        wrong = f"{error.object[error.start]!r} is half a character"
     except (ValueError, MemoryError) as error:
-        wrong = reason(error)
+        wrong = "a number has thousands of digits" if "integer string" in str(error) else reason(error)
     else:
         return value
     raise UserError(_sentence(f"{where}: not valid JSON ({wrong})", remedy))
