@@ -129,6 +129,17 @@ def check_regular(path: Path, *, remedy: str = "") -> os.stat_result:
     return found
 
 
+def leads_out(root: Path, path: Path) -> bool:
+    """Whether what lies at `path` lies outside the folder `root`, every link followed. A hub's cache makes the folder
+    `snapshots/REVISION` of links into the `blobs` of its repository: those are no way out of it."""
+    try:
+        home, real = Path(os.path.realpath(root)), Path(os.path.realpath(path))
+    except (OSError, ValueError):  # ValueError: no such path can be
+        return True
+    stores = [each.parents[1] / "blobs" for each in (home, *home.parents) if each.parent.name == "snapshots"]
+    return not any(real.is_relative_to(each) for each in (home, *stores))
+
+
 def is_anonymous(path: Path) -> bool:
     """Whether a pipe has no name of its own: the shell's, for `<(command)` or `command |`."""
     return not os.path.exists(os.path.realpath(path))
