@@ -28,6 +28,7 @@ from flux_jax.errors import UserError
 PATIENCE = 20.0  # seconds that a file may be in another process's hands: it is written in far less
 NAME_BYTES = 255  # of a file's name, where the system does not say otherwise
 NO_REPLACE, EXCHANGE = 1, 2  # flags of renameat2(2)
+UNFINISHED = re.compile(r"\.(.+)\.flux-(?:partial|lock)")
 UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # this kernel or file system has no such thing
 
 
@@ -174,6 +175,16 @@ def _is_at(descriptor: int, lock: Path) -> bool:
         return False
 
 
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left unfinished in a folder and below; what a living one writes stays."""
+    for above, folders, files in os.walk(folder):
+        ours = {name: found[1] for name in (*folders, *files) if (found := UNFINISHED.fullmatch(name))}
+        folders[:] = [name for name in folders if name not in ours]
+        for name in sorted(set(ours.values())):
+            with contextlib.suppress(UserError, OSError), exclusive(path := Path(above, name)):
+                remove(beside(path, "partial"))
+
+
 def beside(path: Path, what: str) -> Path:
     """Our own name beside a path: of what is unfinished ("partial"), replaced ("old"), or of its "lock"."""
     name = path.name
@@ -222,6 +233,21 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
         raise UserError(f"Cannot write {path}: it is a pipe or a device.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"Cannot write {path}: no permission to write in {above}.")
+
+
+def check_space(path: Path, needed: int, remedy: str = "free some space") -> None:
+    """Raises UserError if the disk that `path` is on, or will be, has fewer than `needed` bytes free."""
+    there = next(each for each in (final := followed(path), *final.parents) if each.exists())
+    if (lacking := needed - shutil.disk_usage(there).free) > 0:
+        raise UserError(
+            f"{path} needs about {amount(needed)}, {amount(lacking)} more than its disk has free: {remedy}."
+        )
+
+
+def amount(size: int) -> str:
+    """A number of bytes for people: in GB, or in MB or kB where it is small."""
+    unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB")) if size >= each[0]), (1e3, "kB"))
+    return f"{size / unit:.1f} {name}"
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:
