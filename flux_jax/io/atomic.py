@@ -237,7 +237,8 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
 
 def check_space(path: Path, needed: int, remedy: str = "free some space") -> None:
     """Raises UserError if the disk that `path` is on, or will be, has fewer than `needed` bytes free."""
-    there = next(each for each in (final := followed(path), *final.parents) if each.exists())
+    final = followed(path)
+    there = next(each for each in (final, *final.parents) if each.exists())
     if (lacking := needed - shutil.disk_usage(there).free) > 0:
         raise UserError(
             f"{path} needs about {amount(needed)}, {amount(lacking)} more than its disk has free: {remedy}."
