@@ -1,160 +1,178 @@
 """Config files of the published formats, to and from `FluxConfig`.
 
 In: the JSON that lies beside a component's weights (diffusers' transformer, vae and scheduler; transformers' text
-encoders), or the shapes in a single file's header. Out: the section of `FluxConfig`, or, the other way, the JSON. A
-value that our modules do not implement is a fault, never ignored.
+encoders) and that of the whole, model_index.json. Out: the section of `FluxConfig`, or, the other way, the JSON. By
+the tables of `convert.config_keys` each key is used, compared with what our modules implement, or known to change
+nothing; any other is named in a warning. A value that our modules do not implement is a fault, never ignored.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from flux_jax.config import CLIPConfig, FluxConfig, SamplingConfig, T5Config, TransformerConfig, VAEConfig, dev, schnell
-from flux_jax.errors import UserError
-from flux_jax.io.safetensors import Source
+from convert.config_keys import (
+    ALIASES,
+    BLOCKS,
+    FIELDS,
+    FROM_TEXT,
+    HARMLESS,
+    HEAD_DIM,
+    INDEX,
+    MUST,
+    NESTED,
+    WHOLE_CLIP,
+    WIDER,
+    WRITTEN,
+)
+from flux_jax.config import (
+    CLIPConfig,
+    FluxConfig,
+    SamplingConfig,
+    T5Config,
+    TransformerConfig,
+    VAEConfig,
+    dev,
+    nano,
+    schnell,
+)
+from flux_jax.errors import UserError, shortened
+from flux_jax.io import reading
 
 EXTRA = "_flux_jax"  # key of model_index.json with what diffusers has no place for; readers skip keys with a dash
 FOLDERS = {"transformer": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "vae": "vae"}
 CONFIG_OF = {"transformer": TransformerConfig, "t5": T5Config, "clip": CLIPConfig, "vae": VAEConfig}
-
-# our field -> (their key, their default)
-FIELDS: dict[str, dict[str, tuple[str, Any]]] = {
-    "transformer": {
-        "in_channels": ("in_channels", 64),
-        "num_heads": ("num_attention_heads", 24),
-        "num_double_blocks": ("num_layers", 19),
-        "num_single_blocks": ("num_single_layers", 38),
-        "text_dim": ("joint_attention_dim", 4096),
-        "pooled_dim": ("pooled_projection_dim", 768),
-        "axes_dim": ("axes_dims_rope", [16, 56, 56]),
-        "guidance_embeds": ("guidance_embeds", False),
-    },
-    "t5": {
-        "vocab_size": ("vocab_size", 32128),
-        "d_model": ("d_model", 512),
-        "d_ff": ("d_ff", 2048),
-        "num_heads": ("num_heads", 8),
-        "head_dim": ("d_kv", 64),
-        "num_layers": ("num_layers", 6),
-        "num_buckets": ("relative_attention_num_buckets", 32),
-        "max_distance": ("relative_attention_max_distance", 128),
-        "eps": ("layer_norm_epsilon", 1e-6),
-    },
-    "clip": {
-        "vocab_size": ("vocab_size", 49408),
-        "hidden_size": ("hidden_size", 512),
-        "mlp_dim": ("intermediate_size", 2048),
-        "num_heads": ("num_attention_heads", 8),
-        "num_layers": ("num_hidden_layers", 12),
-        "max_positions": ("max_position_embeddings", 77),
-        "eos_token_id": ("eos_token_id", 49407),
-        "eps": ("layer_norm_eps", 1e-5),
-        "activation": ("hidden_act", "quick_gelu"),
-    },
-    "vae": {
-        "image_channels": ("in_channels", 3),
-        "latent_channels": ("latent_channels", 4),
-        "channels": ("block_out_channels", [64]),
-        "layers_per_block": ("layers_per_block", 1),
-        "norm_groups": ("norm_num_groups", 32),
-        "scaling_factor": ("scaling_factor", 0.18215),
-        "shift_factor": ("shift_factor", None),
-    },
-}
-
-# their key -> (their default, the values that our modules implement)
-MUST: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
-    "transformer": {"patch_size": (1, (1,)), "out_channels": (None, (None, 64))},
-    "t5": {"is_gated_act": (False, (True,)), "dense_act_fn": ("relu", ("gelu_new", "gelu_pytorch_tanh"))},
-    "clip": {"hidden_act": ("quick_gelu", ("quick_gelu", "gelu"))},
-    "vae": {
-        "act_fn": ("silu", ("silu",)),
-        "mid_block_add_attention": (True, (True,)),
-        "use_quant_conv": (True, (False,)),
-        "use_post_quant_conv": (True, (False,)),
-        "latents_mean": (None, (None,)),
-        "latents_std": (None, (None,)),
-    },
-}
-
-# what diffusers and transformers want to see beside the fields, when a folder is written for them
-WRITTEN: dict[str, dict[str, Any]] = {
-    "transformer": {"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.30.0", "patch_size": 1},
-    "t5": {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
-        "feed_forward_proj": "gated-gelu",
-        "is_gated_act": True,
-        "dense_act_fn": "gelu_new",
-        "is_encoder_decoder": True,
-        "tie_word_embeddings": False,
-        "dropout_rate": 0.0,
-        "decoder_start_token_id": 0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    },
-    "clip": {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "bos_token_id": 0,
-        "pad_token_id": 1,
-        "attention_dropout": 0.0,
-        "dropout": 0.0,
-    },
-    "vae": {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": "0.30.0",
-        "act_fn": "silu",
-        "mid_block_add_attention": True,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "force_upcast": True,
-        "sample_size": 1024,
-    },
-}
+NAMED = 5  # unknown keys that a warning names
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. UserError where there is none."""
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: copy or download the whole model again") from None
-    except (ValueError, OSError):
-        data = None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object: copy or download it again")
+    return reading.read_object(path, remedy="copy or download it again")
+
+
+def section(component: str, data: Mapping[str, Any], where: str, warnings: list[str] | None = None) -> Any:
+    """A component's section of FluxConfig from its published config. UserError with all the values that do not fit.
+    warnings: gets a line for the keys that nobody knows."""
+    _refuse_quantized(data, where)
+    own, beside = _tower(component, data, where)
+    _refuse_quantized(own, where)
+    own, faults = _one_name_each(component, own)
+    if component == "t5":
+        own = _activation(own)
+    faults += _unimplemented(component, own)
+    values: dict[str, Any] = {ours: own.get(theirs, default) for ours, (theirs, default) in FIELDS[component].items()}
+    known = {*HARMLESS[component], *MUST[component], *(theirs for theirs, _ in FIELDS[component].values())}
+    if component == "transformer":
+        known |= {HEAD_DIM[0], "out_channels"}
+        faults += _wider(own)
+        width, heads = own.get(*HEAD_DIM), values["num_heads"]
+        if type(width) is not int or width < 1:
+            faults.append(f"{HEAD_DIM[0]} must be a positive int, got {shortened(width)}")
+        elif type(heads) is int and heads > 0:
+            values["hidden_size"] = heads * width
+    if component == "vae":
+        known |= BLOCKS.keys()
+        faults += [
+            f"{key} is {shortened(own[key])}, must be {kind} at each level"
+            for key, kind in BLOCKS.items()
+            if key in own and own[key] != [kind] * len(_as_list(values["channels"]))
+        ]
+        if values["shift_factor"] is None:
+            values["shift_factor"] = 0.0
+    if not faults:
+        try:
+            whole = {**FluxConfig().to_json(), component: {**dataclasses.asdict(CONFIG_OF[component]()), **values}}
+            found = getattr(FluxConfig.from_json(whole), component)
+        except ValueError as error:
+            faults.append(_their_names(component, str(error)))
+        else:
+            _warn(warnings, where, [*(key for key in own if key not in known), *beside])
+            return found
+    raise UserError(f"{where}: not a {component} that flux_jax knows: {'; '.join(faults)}")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _refuse_quantized(data: Mapping[str, Any], where: str) -> None:
+    how = data.get("quantization_config") or data.get("compression_config")
+    if how:
+        fields = how if isinstance(how, dict) else {"quant_method": how}
+        kinds = [fields.get(key) for key in ("quant_method", "bnb_4bit_quant_type", "quant_type", "weight_format")]
+        kinds += ["8 bits" if fields.get("load_in_8bit") is True else None]
+        said = shortened(", ".join(kind for kind in kinds if isinstance(kind, str)) or "unknown")
+        raise UserError(f"{where}: its weights are quantized ({said}): download the model in bfloat16 or float16")
+
+
+def _tower(component: str, data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    """The part of a config that is the component's own, and the keys beside it that nobody knows: a whole CLIP has its
+    text tower's numbers under `text_config`."""
+    nested = [key for key in NESTED.get(component, ()) if isinstance(data.get(key), dict)]
+    if component == "clip" and data.get("model_type") == "clip" and not nested:
+        raise UserError(f"{where}: not a clip that flux_jax knows: text_config must be an object")
+    if not nested or data.get("model_type") in ("t5", "clip_text_model"):
+        return dict(data), []
+    own = {"model_type": data.get("model_type"), **data[nested[0]]}
+    again = data.get("text_config_dict") if component == "clip" else None
+    if isinstance(again, dict):  # the older name; as in transformers, what it says and what it leaves out overrule
+        own |= dict(FIELDS["clip"].values()) | again
+    elif again is not None:
+        raise UserError(f"{where}: not a clip that flux_jax knows: text_config_dict must be an object")
+    known = {*nested, *WHOLE_CLIP, *HARMLESS[component]}
+    return own, [key for key in data if key not in known]
+
+
+def _one_name_each(component: str, data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The config without second names of keys, and where the two names of one key say different things."""
+    faults = []
+    for second, first in ALIASES.get(component, {}).items():
+        if second in data and data.setdefault(first, data[second]) != data.pop(second):
+            faults.append(f"{first} and {second} are one number, but they differ")
+    return data, faults
+
+
+def _activation(data: dict[str, Any]) -> dict[str, Any]:
+    """T5's feed-forward layer, which older files describe in one word, as "gated-gelu" for GELU by tanh."""
+    word = data.get("feed_forward_proj")
+    if isinstance(word, str):
+        gate, _, act = word.rpartition("-")
+        said = {"is_gated_act": gate == "gated", "dense_act_fn": "gelu_new" if word == "gated-gelu" else act}
+        data = said | data
     return data
 
 
-def section(component: str, data: Mapping[str, Any], where: str) -> Any:
-    """A component's section of FluxConfig from its published config. UserError with all the values that do not fit."""
-    data = dict(data)
-    if component == "t5" and "gated" in str(data.get("feed_forward_proj", "")):  # older files say it in one word
-        data.setdefault("is_gated_act", True)
-        data.setdefault("dense_act_fn", "gelu_new")
-    faults = [
-        f"{key} is {data.get(key, default)!r}, must be {' or '.join(map(repr, allowed))}"
-        for key, (default, allowed) in MUST[component].items()
-        if data.get(key, default) not in allowed
-        and not (key == "out_channels" and data.get(key) == data.get("in_channels"))
-    ]
-    values: dict[str, Any] = {ours: data.get(theirs, default) for ours, (theirs, default) in FIELDS[component].items()}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    if component == "transformer":
-        values["hidden_size"] = values["num_heads"] * data.get("attention_head_dim", 128)
-    if component == "vae":
-        values["shift_factor"] = float(values["shift_factor"] or 0.0)
-    if not faults:
-        try:
-            full = dataclasses.asdict(CONFIG_OF[component](**values))
-            return getattr(FluxConfig.from_json({**FluxConfig().to_json(), component: full}), component)
-        except (ValueError, TypeError) as error:
-            faults.append(str(error))
-    raise UserError(f"{where}: not a {component} that flux_jax knows: {'; '.join(faults)}")
+def _unimplemented(component: str, data: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for key, (default, allowed) in MUST[component].items():
+        if (value := data.get(key, default)) not in allowed:
+            names = [repr(each) for each in allowed if each is not None] or ["null"]
+            faults.append(f"{key} is {shortened(value)}, must be {' or '.join(names)}")
+    return faults
+
+
+def _wider(data: Mapping[str, Any]) -> list[str]:
+    """Transformers that take pictures beside the noise have more channels going in than coming out."""
+    channels, out = data.get("in_channels", 64), data.get("out_channels")
+    if out is None or out == channels:
+        return []
+    what = next((f": this is {what}" for width, what in WIDER.items() if channels == width), "")
+    return [f"in_channels is {shortened(channels)} and out_channels {shortened(out)}, must be the same{what}"]
+
+
+def _their_names(component: str, message: str) -> str:
+    """A message about our fields as one about theirs."""
+    message = re.sub(rf"^configs\.{component}[.:] ?", "", message)
+    theirs = {ours: name for ours, (name, _) in FIELDS.get(component, {}).items()}
+    return re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), message)
+
+
+def _warn(warnings: list[str] | None, where: str, unknown: list[str]) -> None:
+    if unknown and warnings is not None:
+        named = ", ".join(shortened(key) for key in unknown[:NAMED])
+        more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
+        warnings.append(f"{where}: not used, since flux_jax does not know it: {named}{more}")
 
 
 def published(component: str, config: FluxConfig) -> dict[str, Any]:
@@ -167,83 +185,96 @@ def published(component: str, config: FluxConfig) -> dict[str, Any]:
         fixed = {"mlp_ratio": 4, "theta": 10_000, "timestep_dim": 256}
         if odd := {k: getattr(ours, k) for k, v in fixed.items() if getattr(ours, k) != v}:
             raise UserError(f"diffusers has no place for {odd} of this transformer: it knows only {fixed}")
-        data["attention_head_dim"] = ours.head_dim
+        data[HEAD_DIM[0]] = ours.head_dim
     if component == "clip":
         data["projection_dim"] = ours.hidden_size
     if component == "vae":
-        levels = len(ours.channels)
         data["out_channels"] = ours.image_channels
-        data["down_block_types"] = ["DownEncoderBlock2D"] * levels
-        data["up_block_types"] = ["UpDecoderBlock2D"] * levels
+        data |= {key: [kind] * len(ours.channels) for key, kind in BLOCKS.items()}
     return data
 
 
-def sampling(index: Mapping[str, Any], scheduler: Mapping[str, Any] | None, guidance: bool) -> SamplingConfig:
-    """The schedule from scheduler_config.json; defaults of a generation from our own key, else FLUX.1's. UserError for
-    a schedule that our sampler does not have."""
-    extra = index.get(EXTRA, {}).get("sampling")
-    if extra is not None:
-        return FluxConfig.from_json({**FluxConfig().to_json(), "sampling": extra}).sampling
-    base = (dev() if guidance else schnell()).sampling
+class Stated(NamedTuple):
+    """What model_index.json says under our own key."""
+
+    name: str | None = None
+    licence: str | None = None
+    sampling: SamplingConfig | None = None
+
+
+def stated(index: Mapping[str, Any], where: str) -> Stated:
+    """Our own key of model_index.json. UserError where its values are of a wrong type or out of bounds."""
+    data = index.get(EXTRA, {})
+    if not isinstance(data, dict) or (unknown := data.keys() - set(Stated._fields)):
+        wrong = f"has the unknown key {shortened(min(unknown))}" if isinstance(data, dict) else "must be an object"
+        raise UserError(f"{where}: {EXTRA} {wrong}")
+    licence = data.get("licence")
+    if licence is not None and not (isinstance(licence, str) and licence.isprintable() and len(licence) <= 200):
+        raise UserError(f"{where}: the licence in {EXTRA} must be one line of at most 200 characters")
+    given = {key: data[key] for key in ("name", "sampling") if data.get(key) is not None}
+    try:
+        config = FluxConfig.from_json({**FluxConfig().to_json(), **given})
+    except ValueError as error:
+        raise UserError(f"{where}: {EXTRA}: {str(error).removeprefix('configs.').removeprefix('configs: ')}") from None
+    return Stated(given.get("name"), licence, config.sampling if "sampling" in given else None)
+
+
+def check_index(index: Mapping[str, Any], where: str, warnings: list[str] | None = None) -> None:
+    """UserError for a model_index.json of a model that is not FLUX.1, or that needs more than a text. warnings: gets a
+    line for what its pipeline takes and ours does not, and for parts that are not used."""
+    kind = index.get("_class_name", "FluxPipeline")
+    if not isinstance(kind, str) or kind not in FROM_TEXT:
+        raise UserError(f"{where} is of a {shortened(kind)}: convert a FLUX.1 that draws from text alone")
+    if FROM_TEXT[kind] and warnings is not None:
+        warnings.append(f"{where}: a {kind} takes {FROM_TEXT[kind]}, too: here it draws from text alone")
+    absent = (None, [None, None])
+    known = {*INDEX, EXTRA, *FOLDERS.values()}
+    _warn(warnings, where, [key for key, value in index.items() if key not in known and value not in absent])
+
+
+def sampling(
+    index: Mapping[str, Any],
+    scheduler: Mapping[str, Any] | None,
+    base: SamplingConfig,
+    where: str = "scheduler_config.json",
+    warnings: list[str] | None = None,
+) -> SamplingConfig:
+    """The schedule from scheduler_config.json; defaults of a generation from our own key, else `base`'s. UserError for
+    a schedule that our sampler does not have. where: the name of that file. warnings: as in `section`."""
+    base = stated(index, "model_index.json").sampling or base
     if scheduler is None:
         return base
-    if not scheduler.get("use_dynamic_shifting", False) and scheduler.get("shift", 1.0) != 1.0:
-        raise UserError(f"scheduler: a fixed shift of {scheduler['shift']} is not FLUX.1's schedule, must be 1.0")
-    return dataclasses.replace(
-        base,
-        base_seq_len=scheduler.get("base_image_seq_len", base.base_seq_len),
-        max_seq_len=scheduler.get("max_image_seq_len", base.max_seq_len),
-        base_shift=scheduler.get("base_shift", base.base_shift),
-        max_shift=scheduler.get("max_shift", base.max_shift),
-        use_dynamic_shifting=scheduler.get("use_dynamic_shifting", False),
-    )
+    fields = FIELDS["scheduler"]
+    faults = _unimplemented("scheduler", scheduler)
+    values = {ours: scheduler.get(theirs, default) for ours, (theirs, default) in fields.items()}
+    shift = scheduler.get("shift", 1.0)
+    if values["use_dynamic_shifting"] is False and shift != 1.0:
+        faults.append(f"shift is {shortened(shift)}, must be 1.0 where use_dynamic_shifting is False")
+    if not faults:
+        try:
+            whole = {**FluxConfig().to_json(), "sampling": {**dataclasses.asdict(base), **values}}
+            found = FluxConfig.from_json(whole).sampling
+        except ValueError as error:
+            faults.append(_their_names("scheduler", re.sub(r"^configs\.sampling[.:] ?", "", str(error))))
+        else:
+            known = {*HARMLESS["scheduler"], *MUST["scheduler"], *(theirs for theirs, _ in fields.values())}
+            _warn(warnings, where, [key for key in scheduler if key not in known])
+            return found
+    raise UserError(f"{where}: not FLUX.1's schedule: {'; '.join(faults)}")
 
 
 def scheduler_json(config: SamplingConfig) -> dict[str, Any]:
     """diffusers' scheduler_config.json."""
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "_diffusers_version": "0.30.0",
-        "base_image_seq_len": config.base_seq_len,
-        "max_image_seq_len": config.max_seq_len,
-        "base_shift": config.base_shift,
-        "max_shift": config.max_shift,
-        "num_train_timesteps": 1000,
-        "shift": 3.0 if config.use_dynamic_shifting else 1.0,
-        "use_dynamic_shifting": config.use_dynamic_shifting,
-    }
+    fields = {theirs: getattr(config, ours) for ours, (theirs, _) in FIELDS["scheduler"].items()}
+    return {**WRITTEN["scheduler"], **fields, "shift": 3.0 if config.use_dynamic_shifting else 1.0}
+
+
+def known_model(transformer: TransformerConfig) -> FluxConfig | None:
+    """The published model that has such a transformer."""
+    return next((model for model in (dev(), schnell(), nano()) if model.transformer == transformer), None)
 
 
 def name_of(transformer: TransformerConfig, fallback: str) -> str:
-    """FLUX.1-dev or FLUX.1-schnell by the numbers, else the fallback."""
-    return next((c.name for c in (dev(), schnell()) if c.transformer == transformer), fallback)
-
-
-def transformer_of(source: Source) -> TransformerConfig:
-    """The transformer behind a BFL single file, from its shapes. UserError where they do not say enough."""
-    shapes = {name.removeprefix("model.diffusion_model."): entry.shape for name, entry in source.entries.items()}
-    try:
-        hidden, in_channels = shapes["img_in.weight"]
-        head_dim = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
-        counts = {
-            kind: 1 + max(int(m[1]) for n in shapes if (m := re.match(rf"{kind}_blocks\.(\d+)\.", n)))
-            for kind in ("double", "single")
-        }
-        axes = (
-            TransformerConfig.axes_dim
-        )  # no shape tells them apart; FLUX.1's fit heads of 128 only, others are refused
-        return TransformerConfig(
-            in_channels=in_channels,
-            hidden_size=hidden,
-            num_heads=hidden // head_dim,
-            num_double_blocks=counts["double"],
-            num_single_blocks=counts["single"],
-            text_dim=shapes["txt_in.weight"][1],
-            pooled_dim=shapes["vector_in.in_layer.weight"][1],
-            axes_dim=axes,
-            guidance_embeds="guidance_in.in_layer.weight" in shapes,
-        )
-    except (KeyError, ValueError, IndexError):
-        raise UserError(
-            f"{source.where}: not a FLUX transformer in BFL's format; give its numbers with --config"
-        ) from None
+    """Of a known model by the numbers, else the fallback, as much of it as a name may be."""
+    model = known_model(transformer)
+    return model.name if model else "".join(filter(str.isprintable, fallback))[:200] or "FLUX"

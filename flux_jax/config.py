@@ -31,8 +31,10 @@ class Bounded:
         for field in dataclasses.fields(self):
             value, bounds = getattr(self, field.name), field.metadata.get("bounds")
             for number in value if isinstance(value, tuple) else (value,):
-                if bounds and not (math.isfinite(number) and bounds[0] <= number <= bounds[1]):
-                    raise ValueError(f"{field.name} must be from {bounds[0]:g} to {bounds[1]:g}, not {number!r}")
+                if bounds and not bounds[0] <= number <= bounds[1]:  # so it is for NaN
+                    raise ValueError(
+                        f"{field.name} must be from {bounds[0]:g} to {bounds[1]:g}, not {shortened(number)}"
+                    )
         if faults := self.faults():
             raise ValueError("; ".join(faults))
 
