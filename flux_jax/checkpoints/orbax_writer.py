@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from flax import traverse_util
 
+from flux_jax.checkpoints.silence import silenced
+
 FLUSH_BYTES = 2**28
 CHUNK_BYTES = 2**22
 
@@ -41,7 +43,8 @@ class OrbaxWriter:
             if self._held:
                 self._flush()
             self._writing.result()
-            ocp.partial.finalize(self.path)
+            with silenced():
+                ocp.partial.finalize(self.path)
         self._thread.shutdown()
 
     def abandon(self) -> None:
@@ -62,5 +65,5 @@ class OrbaxWriter:
         context = ocp.Context()
         context.memory.deepcopy_host_arrays = False  # nobody changes these arrays while they are written
         context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-        with context:
+        with context, silenced():
             save(self.path, traverse_util.unflatten_dict(weights, sep="."))

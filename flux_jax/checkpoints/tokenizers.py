@@ -6,18 +6,18 @@ pipeline. Only the `tokenizers` library is needed, which is imported in a tenth 
 The converter makes the one file from the older formats (`convert.tokenizers`).
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
+from flux_jax.checkpoints.tokenizer_file import library, read, special_tokens
 from flux_jax.config import FluxConfig
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, shortened
 
 END = "<|endoftext|>"  # of a text, to CLIP; pads where the checkpoint names no other token
+PROBE = "A photo, 3 é."  # drawn by nobody: what a tokenizer makes of it shows which ids it uses
 
 
 class Tokenizers:
@@ -25,45 +25,36 @@ class Tokenizers:
 
     def __init__(self, t5: Tokenizer, clip: Tokenizer, config: FluxConfig, clip_pad: str = END):
         self.config = config
-        self._t5, self._clip = t5, clip
-        for name, tokenizer, size in (("t5", t5, config.t5.vocab_size), ("clip", clip, config.clip.vocab_size)):
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            if (largest := max(tokenizer.get_vocab().values())) >= size:
-                raise UserError(
-                    f"The {name} tokenizer has ids up to {largest} but the {name} model only knows {size} tokens: "
-                    "use the tokenizer files that belong to this model."
-                )
-        self._t5_pad = _token_id(t5, "<pad>", "t5")
-        self._clip_pad = _token_id(clip, clip_pad, "clip")
+        self._t5 = Encoder("t5", t5, config.t5.vocab_size, "<pad>")
+        self._clip = Encoder("clip", clip, config.clip.vocab_size, clip_pad)
+        end = config.clip.eos_token_id
+        if end != 2 and end not in self._clip.encode(PROBE).ids:  # 2: see `CLIPText.end_of_text`
+            raise UserError(
+                f"The clip tokenizer does not end a text with token {end}, where the clip model looks for it."
+            )
 
     @classmethod
     def load(cls, directory: str | Path, config: FluxConfig) -> "Tokenizers":
         """Reads `directory/t5` and `directory/clip`; UserError when a file is missing, broken or another model's."""
         clip_folder = Path(directory) / "clip"
-        pad = _special_tokens(clip_folder).get("pad_token", END)
+        pad = special_tokens(clip_folder).get("pad_token", END)
         return cls(read(Path(directory) / "t5"), read(clip_folder), config, pad)
 
     def t5(self, prompts: Sequence[str], max_length: int | None = None) -> np.ndarray:
         """Ids int32 [b, max_length] (default: the model's max_sequence_length), </s> behind the prompt, then <pad>."""
-        return _pad(self._t5, prompts, max_length or self.config.sampling.max_sequence_length, self._t5_pad)
+        return self._t5.padded(prompts, max_length or self.config.sampling.max_sequence_length)
 
     def clip(self, prompts: Sequence[str]) -> np.ndarray:
         """Ids int32 [b, max_positions]: start of text, the prompt, end of text, then padding."""
-        return _pad(self._clip, prompts, self.config.clip.max_positions, self._clip_pad)
+        return self._clip.padded(prompts, self.config.clip.max_positions)
 
     def t5_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Number of T5 tokens of each prompt, </s> included: what max_length must be for nothing to be left out."""
-        return [len(encoding.ids) for encoding in self._t5.encode_batch(list(prompts))]
+        return [len(self._t5.encode(prompt).ids) for prompt in prompts]
 
     def left_out(self, prompt: str, max_length: int | None = None) -> str:
         """The end of the prompt that `t5` cuts off at `max_length`; "" when all of it is used."""
-        encoding = self._t5.encode(prompt)
-        max_length = max_length or self.config.sampling.max_sequence_length
-        if len(encoding.ids) <= max_length:
-            return ""
-        start, _ = encoding.offsets[max_length - 1]  # one place is taken by </s>
-        return prompt[start:].strip()
+        return self._t5.left_out(prompt, max_length or self.config.sampling.max_sequence_length)
 
     def truncation_warning(self, prompt: str, max_length: int | None = None) -> str | None:
         """One sentence for the user when part of the prompt does not fit, otherwise None."""
@@ -73,50 +64,59 @@ class Tokenizers:
         total = self.t5_lengths([prompt])[0] - 1
         return f"The prompt has {total} tokens, only the first {max_length - 1} are used: {rest!r} is left out."
 
-
-def read(folder: Path) -> Tokenizer:
-    """The tokenizer in a folder's tokenizer.json; UserError where there is none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"There is no tokenizer at {path}: the checkpoint is incomplete, convert or download it again.")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path} is not a tokenizer ({error}): convert or download the checkpoint again.") from error
+    def clip_truncation_warning(self, prompt: str) -> str | None:
+        """One sentence when CLIP, which steers less than T5, reads less of the prompt than `max_positions` hold."""
+        length = self.config.clip.max_positions
+        if not (rest := self._clip.left_out(prompt, length)):
+            return None
+        cut = shortened(rest, 120, quote=False)
+        return f"CLIP reads only the first {length - 2} tokens: {cut!r} is left out for it; T5 reads the whole prompt."
 
 
-def _special_tokens(folder: Path) -> dict[str, str]:
-    """Role -> token, from tokenizer_config.json where there is one."""
-    config = _json(folder / "tokenizer_config.json")
-    roles = {key: value for key, value in config.items() if key.endswith("_token")}
-    roles = {key: value.get("content") if isinstance(value, dict) else value for key, value in roles.items()}
-    return {key: value for key, value in roles.items() if isinstance(value, str)}
+class Encoder:
+    """One tokenizer, whose ids a model's embedding has. UserError where it has others, or fails."""
 
+    def __init__(self, name: str, tokenizer: Tokenizer, vocab_size: int, pad: str):
+        self.name, self.tokenizer, self.vocab_size = name, tokenizer, vocab_size
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._check(tokenizer.get_vocab().values())
+        if (found := tokenizer.token_to_id(pad)) is None:
+            raise UserError(
+                f"The {name} tokenizer has no token {shortened(pad)} to pad with: it is not one of a FLUX model."
+            )
+        self.pad = found
+        self.encode(PROBE)
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): convert or download it again.") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a JSON object: convert or download it again.")
-    return data
+    def encode(self, prompt: str) -> Encoding:
+        """What the library says of a text, its ids looked at: a model would take one that it does not know for its
+        last one, without a word."""
+        with library(f"The {self.name} tokenizer cannot read {shortened(prompt)}"):
+            encoding = self.tokenizer.encode(prompt)
+        self._check(encoding.ids)
+        return encoding
 
+    def _check(self, ids: Iterable[int]) -> None:
+        if (largest := max(ids, default=0)) >= self.vocab_size:
+            raise UserError(
+                f"The {self.name} tokenizer has ids up to {largest} but the {self.name} model only knows "
+                f"{self.vocab_size} tokens: use the tokenizer files that belong to this model."
+            )
 
-def _token_id(tokenizer: Tokenizer, token: str, name: str) -> int:
-    if (index := tokenizer.token_to_id(token)) is None:
-        raise UserError(f"The {name} tokenizer has no token {token!r} to pad with: it is not one of a FLUX model.")
-    return index
+    def left_out(self, prompt: str, length: int) -> str:
+        """The end of the prompt that does not fit into so many tokens; "" when all of it does."""
+        encoding = self.encode(prompt)
+        if len(encoding.ids) <= length:
+            return ""
+        start, _ = encoding.offsets[length - 1]  # one place is taken by the end token
+        return prompt[start:].strip()
 
-
-def _pad(tokenizer: Tokenizer, prompts: Sequence[str], length: int, pad: int) -> np.ndarray:
-    """Ids int32 [b, length]; the last id of a prompt that is too long stays the end token."""
-    ids = np.full((len(prompts), length), pad, np.int32)
-    for row, encoding in zip(ids, tokenizer.encode_batch(list(prompts)), strict=True):
-        tokens = encoding.ids
-        if len(tokens) > length:
-            tokens = [*tokens[: length - 1], tokens[-1]]
-        row[: len(tokens)] = tokens
-    return ids
+    def padded(self, prompts: Sequence[str], length: int) -> np.ndarray:
+        """Ids int32 [b, length]; the last id of a prompt that is too long stays the end token."""
+        ids = np.full((len(prompts), length), self.pad, np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            tokens = self.encode(prompt).ids
+            if len(tokens) > length:
+                tokens = [*tokens[: length - 1], tokens[-1]]
+            row[: len(tokens)] = tokens
+        return ids

@@ -62,6 +62,7 @@ class CheckpointWriter:
         self._folder = WholeFolder(self.directory, overwrite=overwrite, ours=no_checkpoint)
         self.working = self._folder.working
         self._tables: dict[str, dict[str, tuple[str, list[int]]]] = {}
+        self._crcs: dict[str, dict[str, str]] = {}
         self._tree: OrbaxWriter | None = None  # of the component that is being written
 
     def __enter__(self) -> "CheckpointWriter":
@@ -81,8 +82,10 @@ class CheckpointWriter:
         """The next weight (outside name, one layer). The weights of a component come one after the other."""
         if self._tree is None or component not in self._tables:
             self._end_part()
-            self._tables[component], self._tree = {}, OrbaxWriter(self.working / component)
+            self._tables[component], self._crcs[component] = {}, {}
+            self._tree = OrbaxWriter(self.working / component)
         self._tables[component][name] = (value.dtype.name, list(value.shape))
+        self._crcs[component][name] = checksums.crc(value)
         self._tree.add(name, value)
 
     def _end_part(self) -> None:
@@ -124,6 +127,7 @@ class CheckpointWriter:
             "parts": {component: {"path": component, "weights": table} for component, table in self._tables.items()},
         }
         (self.working / MANIFEST).write_text(lined_json(manifest) + "\n")
+        (self.working / checksums.CRCS).write_text(lined_json(self._crcs) + "\n")
         for note in self.working.glob("*/commit_success.txt"):  # Orbax names a folder of this machine in it
             note.write_text("Checkpoint commit was successful\n")
         checksums.write(self.working)

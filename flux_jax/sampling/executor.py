@@ -112,11 +112,25 @@ class StageExecutor:
     def decode(
         self, vae: nnx.Module, drawn: Sequence[jax.Array | np.ndarray], rows: int, columns: int
     ) -> list[np.ndarray]:
-        """Pixels float32 [h, w, 3] of each picture's latents [i, c]."""
+        """Pixels float32 [h, w, 3] of each picture's latents [i, c]. UserError for a picture that is not finite."""
         vae, sizes = self.on_device(vae), {"rows": rows, "columns": columns}
         compiled = functools.partial(self._compile, "decode", programs.decode, vae, drawn[0], **sizes)
         program = compiled(strip_bytes=STRIP_BYTES if self.vae_tiling == "on" else None)
         if self.vae_tiling == "auto" and self.shortage(program):
             program = compiled(strip_bytes=STRIP_BYTES)
         run = self._watching("decode", program)
-        return [np.asarray(run(vae, x)) for x in drawn]
+        pictures = [np.asarray(run(vae, x)) for x in drawn]
+        for number, (picture, latents) in enumerate(zip(pictures, drawn, strict=True), 1):
+            if not np.isfinite(picture).all():
+                raise UserError(_not_finite(f"Picture {number} of {len(pictures)}", vae, latents))
+        return pictures
+
+
+def _not_finite(which: str, vae: nnx.Module, latents: jax.Array | np.ndarray) -> str:
+    """What a picture of NaN may come from."""
+    if not np.isfinite(np.asarray(latents)).all():
+        return f"{which} cannot be decoded: its latents are not finite."
+    dtype = jax.tree.leaves(nnx.state(vae))[0].dtype
+    damaged = "the VAE's weights may be damaged, copy or convert the checkpoint again"
+    hint = damaged if dtype == np.float32 else f"try dtype float32; if that does not help, {damaged}"
+    return f"{which} came out of the VAE with values that are not finite ({dtype}); {hint}."

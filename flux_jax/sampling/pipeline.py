@@ -71,6 +71,7 @@ class FluxPipeline:
         self.transformer, self.vae, self.t5, self.clip, self.tokenizers = transformer, vae, t5, clip, tokenizers
         self.interrupt = False  # set from a callback: the picture stops where it is, later ones are left out
         self._encoded: dict[tuple[str, int], tuple[jax.Array, jax.Array]] = {}
+        self._told_of_clip = False  # that it reads less of a prompt: once, for it is so with every long one
 
     @classmethod
     def from_pretrained(
@@ -97,6 +98,8 @@ class FluxPipeline:
         `flux_jax.sampling.tensor_parallel`; other components are on one device of each process. offload, vae_tiling:
         how to save the device's memory, see `__init__`. UserError where something is damaged or too large."""
         dtype = resolve_dtype(dtype)
+        if mismatches := stored.config.mismatches():
+            raise UserError(f"The parts of {stored.directory} do not fit each other: {'; '.join(mismatches)}.")
         if stored.quantization is not None and not stored.quantization["distilled"]:
             warnings.warn(f"The weights of {stored.directory} were rounded, not distilled: expect noise.", stacklevel=3)
         tokenizers = Tokenizers.load(stored.tokenizers, stored.config)
@@ -111,7 +114,8 @@ class FluxPipeline:
                 if not memory.is_exhausted(error):
                     raise
                 remedies = ['offload="layers"'] if offload == "none" else []
-                raise memory.exhausted(f"loading the {component}", remedies) from error
+                needed = f" ({error})" if isinstance(error, MemoryError) and str(error) else ""
+                raise memory.exhausted(f"loading the {component}{needed}", remedies) from error
         how = {"dtype": dtype, "mesh": mesh, "offload": offload, "vae_tiling": vae_tiling}
         return cls(stored.config, tokenizers=tokenizers, **how, **components)
 
@@ -226,7 +230,11 @@ class FluxPipeline:
                 "The text encoders were freed; pass prompt_embeds and pooled_prompt_embeds, or load the model anew."
             )
         for each in new:
-            if notice := self.tokenizers.truncation_warning(each, length):
+            notice = self.tokenizers.truncation_warning(each, length)
+            if notice is None and not self._told_of_clip:
+                notice = self.tokenizers.clip_truncation_warning(each)
+                self._told_of_clip = notice is not None
+            if notice:
                 warnings.warn(notice, stacklevel=5)
         t5_ids = [self.tokenizers.t5([each], length) for each in new]
         clip_ids = [self.tokenizers.clip([each]) for each in new]

@@ -130,9 +130,9 @@ def denoise(
 def decode(
     vae: VAE, latents: Float[Array, "i c"], rows: int, columns: int, strip_bytes: int | None = None
 ) -> Float[Array, "h w 3"]:
-    """Tokens of one picture, rows x columns of them -> pixels float32 in [0, 1]. strip_bytes: see
-    `flux_jax.models.vae_tiling`."""
+    """Tokens of one picture, rows x columns of them -> pixels float32 in [0, 1], NaN where the VAE's are not finite.
+    strip_bytes: see `flux_jax.models.vae_tiling`."""
     with jax.named_scope("decode"):
         latents = unpack_latents(latents[None], 2 * rows, 2 * columns)
         image = vae.decode(latents, strip_bytes)[0].astype(jnp.float32)
-        return jnp.clip(image * 0.5 + 0.5, 0.0, 1.0)
+        return jnp.where(jnp.isfinite(image), jnp.clip(image * 0.5 + 0.5, 0.0, 1.0), jnp.nan)

@@ -75,9 +75,8 @@ def test_a_truncated_file_is_one_sentence_without_hashes_too(model, tmp_path, ca
 @pytest.mark.parametrize("text", ["", "x  a\n", f"{'0' * 64}  ../a\n", f"{'0' * 64}  /a\n"])
 def test_damaged_sums(model, text, snapshot_message):
     (model / checksums.SUMS).write_text(text)
-    if text:
-        with snapshot_message.raises(UserError, checksums.SUMS):
-            checksums.check(model)
+    with snapshot_message.raises(UserError, checksums.SUMS):
+        checksums.check(model)
     (model / checksums.SUMS).unlink()
     with snapshot_message.raises(UserError, checksums.SUMS):
         checksums.check(model)

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
 from flux_jax.checkpoints.checkpoint import MANIFEST, Checkpoint
+from flux_jax.checkpoints.checksums import CRCS, SUMS
 from flux_jax.checkpoints.writer import save
 from flux_jax.cli.generate import main as generate
 from flux_jax.errors import UserError
@@ -177,6 +178,7 @@ def edit(folder, change):
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / SUMS).unlink()
 
 
 @pytest.mark.parametrize(
@@ -210,6 +212,8 @@ def test_damaged_contents(saved, kind, value, named, snapshot_message):
     tree[f"double_blocks.0.txt.proj.{kind}"].flat[3] = value
     shutil.rmtree(saved / "transformer")
     ocp.save(saved.absolute() / "transformer", unflatten_dict(tree, sep="."))
+    (saved / CRCS).unlink()  # that would tell first, and no sums whether it is to be there
+    (saved / SUMS).unlink()
     with snapshot_message.raises(UserError, "double_blocks.0.txt.proj", named):
         Checkpoint.open(saved).load("transformer")
 
