@@ -1,0 +1,417 @@
+"""What strangers' files are given to: checkpoints, safetensors files, PNG records, prompts, configs.
+
+Each target makes sound inputs in a folder once, then, by number, one that is wrong, and reads it as the programs do. It
+says "refused" (a UserError, whose words are looked at), "equal" (what was read is what was written) or "other" (a
+consistent input that says something else). Everything that must never be is a `Fault`: any other exception is one, too.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import tiny_model
+from flax import nnx
+from PIL import Image, PngImagePlugin
+
+from flux_jax.checkpoints import checksums, writer
+from flux_jax.checkpoints.checkpoint import Checkpoint
+from flux_jax.checkpoints.tokenizers import Tokenizers
+from flux_jax.cli import arguments, requests
+from flux_jax.config import FluxConfig, nano
+from flux_jax.errors import LONGEST, UserError
+from flux_jax.io import png, prompts
+from flux_jax.io.atomic import remove
+from flux_jax.io.safetensors import FLOATS, Source, file_header
+from flux_jax.models.params import leaves
+from tests.fuzz import mutations
+from tests.fuzz.mutations import Random
+
+# What no input may have opened, or done.
+ELSEWHERE = re.compile(r"/etc/|/dev/(?!null|urandom|fd)|/home/|/root/\.ssh|socket|subprocess|os\.system|pickle")
+LINES = 45  # of a message: one for each fault of a conversion, and a few more
+PROMPT = "a red circle to the left of two blue squares"
+
+
+class Fault(Exception):
+    """What no input may bring about."""
+
+
+def check_words(error: UserError) -> None:
+    """A message is short lines of printable text."""
+    lines = str(error).split("\n")
+    if len(lines) > LINES or any(len(line) > LONGEST for line in lines):
+        raise Fault(f"a message of {len(lines)} lines, {max(map(len, lines))} characters: {str(error)[:200]}")
+    if any(not line.replace("\t", " ").isprintable() for line in lines):
+        raise Fault(f"a message that cannot be printed: {str(error)[:200]!r}")
+
+
+class Opened:
+    """The files that this process opens, while it is switched on: a stranger's input names none of them."""
+
+    def __init__(self):
+        self.paths: list[str] | None = None
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, words: tuple) -> None:
+        if self.paths is None:
+            return
+        if event == "open" and isinstance(words[0], str | bytes | os.PathLike):
+            self.paths.append(os.fsdecode(words[0]))
+        elif event in ("socket.connect", "subprocess.Popen", "os.system", "pickle.find_class"):
+            self.paths.append(f"{event} {words}"[:200])
+
+
+class Target:
+    """folder: where the inputs are made, one after the other, each in place of the one before."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.opened = folder, Opened()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.setup()
+
+    def setup(self) -> None:
+        """Makes the sound inputs."""
+
+    def make(self, random: Random) -> str:
+        """Makes a wrong input and says what is wrong with it."""
+        raise NotImplementedError
+
+    def read(self) -> str:
+        """Reads it: "equal" or "other". UserError where it is refused, Fault where it should have been."""
+        raise NotImplementedError
+
+    def run(self, random: Random) -> str:
+        """Makes an input, notes in `done` what was done to it, and returns what came of it."""
+        self.done = ""
+        self.done = self.make(random)
+        self.opened.paths = []
+        try:
+            result = self.read()
+        except UserError as error:
+            check_words(error)
+            result = "refused"
+        finally:
+            paths, self.opened.paths = self.opened.paths, None
+        for path in paths:
+            if re.match(
+                r"(/etc/|/dev/(?!null|urandom|fd)|/home/|/root/\.ssh|socket|subprocess|os\.system|pickle)", path
+            ):
+                raise Fault(f"opened {path}")
+        return result
+
+
+def digest_of(weights: dict[str, np.ndarray]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        value = np.ascontiguousarray(weights[name])
+        found.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
+    return found.hexdigest()
+
+
+class CheckpointTarget(Target):
+    """A ternary checkpoint, every component of it; half of the inputs bring hashes that fit what was done."""
+
+    COMPONENTS = ("transformer", "transformer", "t5", "clip")
+
+    def setup(self) -> None:
+        self.base, self.input = self.folder / "base", self.folder / "input"
+        config = tiny_model.config()
+        modules = tiny_model.modules(config)
+        modules["transformer"] = tiny_model.quantized(modules["transformer"])
+        quantization = {"layout": 1, "method": "absmean", "distilled": True, "activations": "bf16"}
+        writer.save(
+            self.base,
+            config,
+            {name: modules[name] for name in ("transformer", "t5", "clip")},
+            tokenizers=tiny_model.tokenizers(self.folder / "tokenizers", config),
+            quantization=quantization,
+        )
+        self.files = sorted(path.relative_to(self.base) for path in self.base.rglob("*") if path.is_file())
+        self.expected = self._everything(self.base)
+
+    def _everything(self, folder: Path, only: str | None = None) -> dict[str, Any]:
+        stored = Checkpoint.open(folder)
+        found: dict[str, Any] = {"config": stored.config, "quantization": stored.quantization}
+        tokenizers = Tokenizers.load(stored.tokenizers, stored.config)
+        found["tokens"] = tokenizers.t5([PROMPT]).tolist(), tokenizers.clip([PROMPT]).tolist()
+        for component in [only] if only else set(self.COMPONENTS):
+            found[component] = digest_of(dict(leaves(stored.load(component))))
+        return found
+
+    def make(self, random: Random) -> str:
+        shutil.rmtree(self.input, ignore_errors=True)
+        shutil.copytree(self.base, self.input)
+        self.component, done = mutations.pick(random, self.COMPONENTS), []
+        near = [f for f in self.files if f.parts[0] in (self.component, "tokenizers") or len(f.parts) == 1]
+        for _ in range(int(random.choice([1, 1, 1, 2, 3]))):
+            file = self.input / mutations.pick(random, near)
+            kind = random.random()
+            if not file.is_file() or kind < 0.1:
+                done.append(mutations.replaced(random, file))
+            elif file.suffix == ".json" or (file.name == "_METADATA" and kind < 0.6):
+                try:
+                    text, words = mutations.edited(random, json.loads(file.read_bytes()))
+                except ValueError:  # it was damaged before
+                    text, words = "", "emptied"
+                file.write_text(text, "utf-8", errors="surrogatepass")
+                done.append(f"{file.name}: {words}")
+            else:
+                data, words = mutations.damaged(random, file.read_bytes())
+                file.write_bytes(data)
+                done.append(f"{file.relative_to(self.input)}: {words}")
+        self.rehashed = random.random() < 0.5
+        if self.rehashed and (self.input / "SHA256SUMS").is_file():
+            self._hash_again()
+            done.append("hashed again")
+        return "; ".join(done)
+
+    def _hash_again(self) -> None:
+        """As a stranger would who wants it to be believed."""
+        (self.input / "crc32.json").unlink(missing_ok=True)
+        lines = []
+        for path in sorted(self.input.rglob("*")):
+            if path.is_file() and not path.is_symlink() and path.name != "SHA256SUMS" and path.stat().st_size < 2**24:
+                lines.append(
+                    f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(self.input).as_posix()}\n"
+                )
+        (self.input / "SHA256SUMS").write_text("".join(lines))
+
+    def read(self) -> str:
+        try:
+            checksums.check(self.input)
+            verified = True
+        except UserError as error:
+            check_words(error)
+            verified = False
+        found = self._everything(self.input, self.component)
+        same = all(found[key] == self.expected[key] for key in found)
+        protected = (self.input / "SHA256SUMS").is_file() and not self.rehashed
+        if not same and protected:
+            raise Fault(f"loads other {[key for key in found if found[key] != self.expected[key]]}, and says nothing")
+        if not same and verified and protected:
+            raise Fault("is verified, and is another")
+        return "equal" if same else "other"
+
+
+class SafetensorsTarget(Target):
+    """A safetensors file, or shards with an index; the library safetensors says what is right."""
+
+    def setup(self) -> None:
+        random = np.random.default_rng(0)
+        self.tensors = {
+            "a.weight": random.standard_normal((4, 6)).astype(np.float32),
+            "a.bias": random.standard_normal(4).astype(np.float16),
+            "empty": np.zeros((0, 3), np.float32),
+            "scalar": np.float32(1.5).reshape(()),
+            "b.weight": random.standard_normal((3, 5)).astype(FLOATS["BF16"]),
+            "c": random.standard_normal((2, 2, 2)).astype(np.float64),
+        }
+        self.input = self.folder / "input"
+
+    def _file(self, names: list[str]) -> tuple[dict[str, Any], bytes]:
+        raw = file_header({name: (self.tensors[name].dtype, self.tensors[name].shape) for name in names})
+        body = b"".join(np.ascontiguousarray(self.tensors[name]).tobytes() for name in names)
+        return json.loads(raw[8:]), body
+
+    def make(self, random: Random) -> str:
+        shutil.rmtree(self.input, ignore_errors=True)
+        self.input.mkdir()
+        names, shards = list(self.tensors), int(random.integers(1, 4))
+        files = {}
+        for i in range(shards):
+            name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
+            files[name] = self._file(names[i::shards])
+        chosen, done = mutations.pick(random, list(files)), ""
+        for name, (header, body) in files.items():
+            text = json.dumps(header)
+            if name == chosen and random.random() < 0.5:
+                text, done = mutations.edited(random, header)
+            text_bytes = text.encode("utf-8", "surrogatepass")
+            data = len(text_bytes).to_bytes(8, "little") + text_bytes + body
+            if name == chosen and not done:
+                data, done = mutations.damaged(random, data)
+            (self.input / name).write_bytes(data)
+        if shards > 1:
+            index = {"metadata": {}, "weight_map": {n: name for name, (header, _) in files.items() for n in header}}
+            text = json.dumps(index)
+            if random.random() < 0.3:
+                text, words = mutations.edited(random, index)
+                done += f"; index: {words}"
+            (self.input / "model.safetensors.index.json").write_text(text, "utf-8", errors="surrogatepass")
+        if random.random() < 0.05:
+            done += f"; {mutations.replaced(random, self.input / chosen)}"
+        return f"{chosen}: {done}"
+
+    def read(self) -> str:
+        source = Source.from_path(self.input)
+        if source.faults:
+            for fault in source.faults[:LINES]:
+                if len(fault) > LONGEST:
+                    raise Fault(f"a fault of {len(fault)} characters: {fault[:200]}")
+            return "refused"
+        found = {name: source.read(name) for name, entry in source.entries.items() if entry.dtype in FLOATS}
+        for file in source.files:
+            try:
+                there = safetensors.deserialize(file.read_bytes())
+            except safetensors.SafetensorError as error:
+                raise Fault(f"reads what the reference refuses: {error}") from error
+            for name, entry in there:
+                ours = found[name].tobytes() if name in found else b"nothing"
+                if entry["dtype"] in FLOATS and ours != bytes(entry["data"]):
+                    raise Fault(f"{name} is another tensor than the reference reads")
+        same = found.keys() == self.tensors.keys() and all(
+            np.array_equal(found[name], self.tensors[name], equal_nan=False) for name in found
+        )
+        return "equal" if same else "other"
+
+
+class PictureTarget(Target):
+    """A PNG with a record, and what generate makes of it."""
+
+    def setup(self) -> None:
+        self.record = png.Record(
+            dtype="float32", model={"id": "nano", "name": "FLUX-nano", "sha256": "0" * 64}, device="cpu cpu",
+            versions={"flux_jax": "0", "jax": "0", "python": "3"}, prompt=PROMPT, seed=7, height=64, width=64, steps=4,
+            guidance=3.5, true_cfg=1.0, max_sequence_length=16,
+        ).to_json()  # fmt: skip
+        self.input = self.folder / "input.png"
+        self.consistent = False
+
+    def make(self, random: Random) -> str:
+        remove(self.input)
+        kind = mutations.pick(random, ["damaged", "damaged", "record", "record", "record", "chunks", "replaced"])
+        self.consistent = kind != "damaged"
+        if kind == "replaced":
+            return mutations.replaced(random, self.input)
+        text, done = json.dumps(self.record, ensure_ascii=False), ""
+        if kind == "record":
+            text, done = mutations.edited(random, self.record)
+        data = self._png(random, text)
+        if kind == "damaged":
+            data, done = mutations.damaged(random, data)
+        if kind == "chunks":
+            data, done = self._chunks(random, data, text)
+        self.input.write_bytes(data)
+        return done
+
+    def _png(self, random: Random, text: str) -> bytes:
+        info = PngImagePlugin.PngInfo()
+        raw = text.encode("utf-8", "surrogatepass")
+        info.add(b"iTXt", b"flux_jax\0\0\0\0\0" + raw)
+        image = Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8))
+        image.save(buffer := io.BytesIO(), format="png", pnginfo=info)
+        return buffer.getvalue()
+
+    def _chunks(self, random: Random, data: bytes, text: str) -> tuple[bytes, str]:
+        """Chunks that are true to the format and mean harm."""
+        raw, bomb = text.encode(), zlib.compress(bytes(2**28), 1)
+        added = {
+            "a compressed bomb": mutations.chunk(b"zTXt", b"flux_jax\0\0" + bomb),
+            "a compressed bomb of another key": mutations.chunk(b"iTXt", b"x\0\1\0\0\0" + bomb),
+            "the record compressed": mutations.chunk(b"zTXt", b"flux_jax\0\0" + zlib.compress(raw)),
+            "the record in Latin-1": mutations.chunk(b"tEXt", b"flux_jax\0" + raw),
+            "another record": mutations.chunk(b"iTXt", b"flux_jax\0\0\0\0\0" + raw.replace(b"7", b"8")),
+            "a key that never ends": mutations.chunk(b"tEXt", b"x" * 70_000),
+            "ten thousand texts": mutations.chunk(b"tEXt", b"x\0y") * 10_000,
+            "no text in a text": mutations.chunk(b"iTXt", b"flux_jax\0"),
+            "a profile bomb": mutations.chunk(b"iCCP", b"x\0\0" + bomb),
+        }
+        sizes = {"60,000 x 60,000 pixels": (60_000, 60_000), "no pixels": (0, 0), "negative": (2**31, 1)}
+        name = mutations.pick(random, [*added, *sizes])
+        if name in added:
+            return data[:33] + added[name] + data[33:], name
+        header = b"".join(edge.to_bytes(4, "big") for edge in sizes[name]) + data[24:29]
+        return data[:8] + mutations.chunk(b"IHDR", header) + data[33:], name
+
+    def read(self) -> str:
+        record = png.read_record(self.input)
+        args = arguments.parse(["-C", str(self.input), "-o", str(self.folder / "out.png"), "--model", "nano"])
+        said: list[str] = []
+        planned, _ = requests.plan_requests(args, nano(), record, said.append)
+        if any(not each.replace("\n", "").isprintable() for each in said):
+            raise Fault(f"says what cannot be printed: {said}")
+        (request,) = planned
+        wanted = {key: self.record[key] for key in request.settings()}
+        same = request.settings() == wanted
+        if not same and not self.consistent:
+            raise Fault("is damaged, and gives another picture")
+        return "equal" if same else "other"
+
+
+class PromptsTarget(Target):
+    """Files of prompts of every kind."""
+
+    def make(self, random: Random) -> str:
+        for left in self.folder.iterdir():
+            remove(left)
+        kind = mutations.pick(random, [".txt", ".jsonl", ".JSONL", ".tsv", "", ".json", ".csv", ".md"])
+        row = {"prompt": PROMPT, "id": "a", "seed": 7, "width": 64, "height": 64, "steps": 3, "guidance": 2.5}
+        rows = [json.dumps(row), json.dumps({"prompt": "é猫\u2028"}, ensure_ascii=False)]
+        done = ""
+        if "json" in kind.lower() and random.random() < 0.7:
+            rows[0], done = mutations.edited(random, row)
+        texts = {".tsv": ["Prompt\tCategory", f"{PROMPT}\tx", "猫\ty"], ".txt": ["# mine", PROMPT, "", "猫"]}
+        text = mutations.pick(random, ["\n", "\r\n", "\r"]).join(texts.get(kind, rows)) + "\n"
+        encoding = mutations.pick(random, ["utf-8"] * 4 + ["utf-8-sig", "utf-16", "utf-32", "utf-16-le"])
+        data = text.encode(encoding, "surrogatepass")
+        if random.random() < 0.4:
+            data, words = mutations.damaged(random, data)
+            done += f"; {words}"
+        self.input = self.folder / f"prompts{kind}"
+        self.input.write_bytes(data)
+        if random.random() < 0.05:
+            done += mutations.replaced(random, self.input)
+        return f"{kind} in {encoding}: {done}"
+
+    def read(self) -> str:
+        prompts.read_rows(self.input)
+        args = arguments.parse(["--prompts-file", str(self.input), "-o", str(self.folder / "out") + "/", "--seed", "1"])
+        said: list[str] = []
+        planned, _ = requests.plan_requests(args, nano(), None, said.append)
+        for request in planned:
+            if len(request.output.name.encode()) > 255 or not request.prompt.strip():
+                raise Fault(f"draws {request.prompt[:50]!r} at {request.output}")
+        return "other"
+
+
+class ConfigTarget(Target):
+    """The numbers of a model: what passes can be built."""
+
+    def make(self, random: Random) -> str:
+        self.text, done = mutations.edited(random, dataclasses.asdict(tiny_model.config()))
+        return done
+
+    def read(self) -> str:
+        from flux_jax.io import reading
+        from flux_jax.models.params import abstract_component
+        from flux_jax.sampling import schedule
+
+        try:
+            config = FluxConfig.from_json(reading.parse_json(self.text, "config"))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if config == tiny_model.config():
+            return "equal"
+        schedule.sigmas(config.sampling, config.sampling.num_inference_steps, 64)
+        for component in ("transformer", "t5", "clip", "vae"):
+            nnx.state(abstract_component(component, config))
+        return "other"
+
+
+TARGETS = {
+    "checkpoint": CheckpointTarget,
+    "safetensors": SafetensorsTarget,
+    "png": PictureTarget,
+    "prompts": PromptsTarget,
+    "config": ConfigTarget,
+}
