@@ -20,7 +20,10 @@ from typing import NoReturn
 from flux_jax.errors import UserError, pip_install
 from flux_jax.io.atomic import disk_is_full
 from flux_jax.runtime import memory, watchdog
+from flux_jax.runtime.console import output, output_json, say
 from flux_jax.runtime.environment import version
+
+__all__ = ["Parser", "check_device", "guarded", "main", "output", "output_json", "path", "program", "say"]
 
 SCRIPT = "flux-jax"
 PROGRAMS = {  # name -> module with `main`, what it is for
@@ -126,10 +129,6 @@ def in_flags(text: str) -> str:
     names, `--offload layers`, and `overwrite=True` is `--overwrite`."""
     text = re.sub(r"\b([a-z_]+)=True\b", lambda found: f"--{found[1].replace('_', '-')}", text)
     return re.sub(r'\b([a-z_]+)="([^"]*)"', lambda found: f"--{found[1].replace('_', '-')} {found[2]}", text)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def check_device(device: str | None) -> None:
