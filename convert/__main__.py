@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flux_jax.cli.main import Parser, guarded, program, say
+from flux_jax.cli.main import Parser, guarded, path, program, say
 from flux_jax.errors import UserError
+from flux_jax.io.atomic import WholeFolder
 from flux_jax.models.params import COMPONENTS
 from flux_jax.models.quantize import METHODS, quantization_report
 
@@ -22,6 +23,8 @@ examples:
   python -m convert ./FLUX.1-dev dev                                   a diffusers folder
   python -m convert flux1-dev.safetensors dev --vae ae.safetensors --t5 text_encoder_2/ --clip text_encoder/ \\
       --tokenizers .                                                   BFL's single file
+  python -m convert ./FLUX.1-dev mine --transformer mine.safetensors   a fine-tune, the rest from its base
+  python -m convert all-in-one.safetensors dev --tokenizers ./FLUX.1-dev
   python -m convert --to diffusers dev FLUX.1-dev                      back again
   python -m convert dev dev-rounded --ternary                          packed to two bits a weight, untrained
 """
@@ -35,13 +38,13 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
-        "source", help="a diffusers folder, a single .safetensors file in BFL's format, or a hub name OWNER/NAME"
+        "source", help="a diffusers folder or hub name OWNER/NAME, or a .safetensors file: a transformer, or all in one"
     )
-    p.add_argument("out", type=Path, help="the directory to write; it appears when it is complete")
+    p.add_argument("out", type=path, help="the directory to write; it appears when it is complete")
     p.add_argument(
         "--to", choices=("flux_jax", "diffusers"), default="flux_jax", help="what to write (default: flux_jax)"
     )
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights written (default: bfloat16)")
+    p.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: what each is stored in)")
     p.add_argument(
         "--ternary",
         nargs="?",
@@ -51,12 +54,15 @@ def parser() -> Parser:
         help="round the linears of the transformer's blocks to -1, 0, 1 times a scale, by least-squares (default) or "
         "absmean; without training, so for benchmarks only. SOURCE may then be a checkpoint of flux_jax, too",
     )
-    p.add_argument("--t5", type=Path, metavar="PATH", help="T5's folder or .safetensors file, instead of SOURCE's")
-    p.add_argument("--clip", type=Path, metavar="PATH", help="CLIP's folder or .safetensors file, instead of SOURCE's")
-    p.add_argument("--vae", type=Path, metavar="PATH", help="the autoencoder's folder or file (such as ae.safetensors)")
-    p.add_argument("--tokenizers", type=Path, metavar="DIR", help="a folder that holds tokenizer/ and tokenizer_2/")
+    p.add_argument(
+        "--transformer", type=path, metavar="PATH", help="its folder or .safetensors file, instead of SOURCE's"
+    )
+    p.add_argument("--t5", type=path, metavar="PATH", help="T5's folder or .safetensors file, instead of SOURCE's")
+    p.add_argument("--clip", type=path, metavar="PATH", help="CLIP's folder or .safetensors file, instead of SOURCE's")
+    p.add_argument("--vae", type=path, metavar="PATH", help="the autoencoder's folder or file (such as ae.safetensors)")
+    p.add_argument("--tokenizers", type=path, metavar="DIR", help="a folder that holds tokenizer/ and tokenizer_2/")
     p.add_argument("--parts", metavar="NAMES", help=f"only these, with commas between: {','.join(COMPONENTS)}")
-    p.add_argument("--config", type=Path, metavar="FILE", help="a FluxConfig as JSON, for sizes the files do not tell")
+    p.add_argument("--config", type=path, metavar="FILE", help="a FluxConfig as JSON, for sizes the files do not tell")
     p.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT if it exists")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     return p
@@ -91,14 +97,14 @@ def to_checkpoint(args: argparse.Namespace) -> list[str]:
     from convert import weight_format
     from convert.run import convert, rewrite
     from flux_jax.checkpoints.checkpoint import Checkpoint, is_checkpoint
+    from flux_jax.checkpoints.writer import no_checkpoint
 
     components = None if args.parts is None else tuple(args.parts.split(","))
     if unknown := set(components or ()) - set(COMPONENTS):
         raise UserError(f"--parts knows {','.join(COMPONENTS)}, not {','.join(sorted(unknown))}")
     if args.ternary is not None and "transformer" not in (components or COMPONENTS):
         raise UserError("--ternary rounds the transformer, which --parts leaves out")
-    if args.out.exists() and not args.overwrite:  # said before anything is downloaded
-        raise UserError(f"{args.out} exists already: choose another name, or give --overwrite to replace it")
+    WholeFolder(args.out, overwrite=args.overwrite, ours=no_checkpoint).check()  # before anything is downloaded
     how: dict[str, Any] = {
         "form": weight_format.WeightFormat(args.dtype, args.ternary),
         "overwrite": args.overwrite,

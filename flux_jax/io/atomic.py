@@ -7,8 +7,8 @@ between any two steps.
 What is unfinished lies beside the name asked for, `.NAME.flux-partial`, so that one rename ends the work; what that
 replaces is called `.NAME.flux-old` for a moment where the file system cannot exchange two names at once. Nobody else
 uses such names: whatever has one was left by a process that was killed, and goes when the next one writes NAME. Which
-is alive and which is dead tells `.NAME.flux-lock`, for the system lets go of a process's locks when it ends. A link at
-NAME is followed: its target is written.
+is alive and which is dead tells a lock, on the unfinished file or, for a folder, on `.NAME.flux-lock`: the system lets
+go of a process's locks when it ends. A link at NAME is followed: its target is written.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,19 +114,15 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
     working = beside(final, "partial")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(path, PATIENCE):
-            try:
-                working.unlink(missing_ok=True)
-                with open(working, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if overwrite:
-                    os.replace(working, final)
-                elif not _rename(working, final, NO_REPLACE):
-                    os.link(working, final)  # fails where the name is taken, too
-            finally:
-                working.unlink(missing_ok=True)
+        with _held(working, path, PATIENCE) as descriptor:
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(descriptor)
+            if overwrite:
+                os.replace(working, final)
+            elif not _rename(working, final, NO_REPLACE):
+                os.link(working, final)  # fails where the name is taken, too
     except FileExistsError as error:
         raise UserError(f"{path} exists; choose another name, or pass overwrite=True to replace it.") from error
     except OSError as error:
@@ -133,15 +130,28 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, patience: float = 0.0) -> Iterator[None]:
-    """One process, and one thread, at a time writes `path`, whose folder is there. UserError where another one still
-    does after `patience` seconds. A file system without locks has none to offer: there it is up to the user."""
-    lock, until = beside(followed(path), "lock"), time.monotonic() + patience
+def exclusive(path: Path, patience: float = 0.0, called: Path | None = None) -> Iterator[None]:
+    """One process, and one thread, at a time writes `path`, whose folder is there. UserError, which names what it is
+    `called`, where another one still does after `patience` seconds. A file system without locks has none to offer:
+    there it is up to the user."""
+    with _held(beside(followed(path), "lock"), called or path, patience):
+        yield
+
+
+@contextlib.contextmanager
+def _held(file: Path, path: Path, patience: float) -> Iterator[int]:
+    """The descriptor of an empty file of ours that only this thread holds, to write `path`; in the end it goes, if it
+    still has its name."""
+    until = time.monotonic() + patience
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            if _locked(descriptor) and _is_at(descriptor, lock):
-                break
+            if _locked(descriptor) and _is_at(descriptor, file):
+                found = os.fstat(descriptor)
+                if stat.S_ISREG(found.st_mode) and found.st_size == 0 and found.st_nlink == 1:
+                    break
+                file.unlink()  # a killed process left it: half written, or linked to its whole file
+                until = time.monotonic() + patience
         except BaseException:
             os.close(descriptor)
             raise
@@ -150,9 +160,10 @@ def exclusive(path: Path, patience: float = 0.0) -> Iterator[None]:
             raise UserError(f"{path} is being written by another process: wait for it, or choose another name.")
         time.sleep(0.01)
     try:
-        yield
+        yield descriptor
     finally:
-        lock.unlink(missing_ok=True)
+        if _is_at(descriptor, file):
+            file.unlink()
         os.close(descriptor)
 
 
@@ -167,12 +178,34 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def _is_at(descriptor: int, lock: Path) -> bool:
+def _is_at(descriptor: int, file: Path) -> bool:
     """Whether the open file still has that name: the one before may have removed it as we waited."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(lock))
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time works in a folder, from beginning to end, and finds nothing there that one that was killed
+    left unfinished. UserError where another one does, or the folder cannot be made; one that stays empty goes."""
+    inside = folder / "all"  # not beside it: a folder in which nothing may be written can hold one in which all may
+    check_writable(inside)
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.callback(_remove_empty, folder)
+            held.enter_context(exclusive(inside, called=folder))
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        sweep(folder)
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def sweep(folder: Path) -> None:
@@ -181,8 +214,14 @@ def sweep(folder: Path) -> None:
         ours = {name: found[1] for name in (*folders, *files) if (found := UNFINISHED.fullmatch(name))}
         folders[:] = [name for name in folders if name not in ours]
         for name in sorted(set(ours.values())):
-            with contextlib.suppress(UserError, OSError), exclusive(path := Path(above, name)):
-                remove(beside(path, "partial"))
+            path = Path(above, name)
+            partial = beside(path, "partial")
+            with contextlib.suppress(UserError, OSError), exclusive(path):
+                if partial.is_dir():
+                    remove(partial)
+                elif partial.exists():
+                    with _held(partial, path, 0.0):
+                        pass
 
 
 def beside(path: Path, what: str) -> Path:

@@ -125,7 +125,7 @@ class ReplacedFile(NewFile):
         atomic.write_whole(folder / "deep" / "out", b"old" * 9, overwrite=False)
 
 
-CASES = {"NewFolder": 8, "ReplacedFolder": 8, "MovedFolder": 10, "NewFile": 5, "LinkedFile": 5, "ReplacedFile": 4}
+CASES = {"NewFolder": 8, "ReplacedFolder": 8, "MovedFolder": 10, "NewFile": 3, "LinkedFile": 4, "ReplacedFile": 2}
 
 
 @pytest.mark.parametrize("name", CASES)
