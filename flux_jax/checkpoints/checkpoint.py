@@ -253,7 +253,7 @@ class Checkpoint:
             tree.files(self.directory, self._path(component))
 
             def stored(path: Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-                flat = traverse_util.flatten_dict(ocp.metadata(path).metadata or {}, sep=".")
+                flat: dict[str, Any] = traverse_util.flatten_dict(ocp.metadata(path).metadata or {}, sep=".")
                 return {name: (jnp.dtype(each.dtype), tuple(each.shape)) for name, each in flat.items()}
 
             faults = integrity.faults_of_files(table, self._orbax(component, stored))

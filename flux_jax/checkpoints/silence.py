@@ -1,13 +1,20 @@
-"""Orbax's own words kept from the user while it works: what went wrong is raised, and said in one sentence.
+"""Orbax's own words kept from the user: what went wrong is raised, and said in one sentence.
 
-When one of its reads or writes fails, Orbax drops the others, and asyncio logs a traceback for each; absl logs what
-it tries again.
+When one of its reads or writes fails, Orbax leaves the others behind: asyncio logs a traceback for each whose error
+nobody asked for, when it is collected, and Python prints one for each that ends after its event loop was closed. absl
+logs what is tried again.
 """
 
 import contextlib
-import gc
+import functools
 import logging
+import re
+import sys
+import warnings
 from collections.abc import Iterator
+from typing import Any
+
+LEFT_BEHIND = re.compile(r"tensorstore|zarr|OCDBT")  # in what such an error says
 
 
 class Mute(logging.Filter):
@@ -17,17 +24,35 @@ class Mute(logging.Filter):
         return False
 
 
+class MuteLeftBehind(logging.Filter):
+    """Lets pass what asyncio says of others' tasks."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return "never retrieved" not in record.getMessage() or not LEFT_BEHIND.search(str(error))
+
+
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Loggers say nothing inside; each user has a filter of its own, for threads may overlap."""
-    mute, loggers = Mute(), [logging.getLogger(name) for name in ("absl", "asyncio")]
-    for logger in loggers:
-        logger.addFilter(mute)
+    """absl says nothing inside; each user has a filter of its own, for threads may overlap."""
+    _mute_left_behind()
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning, "orbax")
+    mute, logger = Mute(), logging.getLogger("absl")
+    logger.addFilter(mute)
     try:
         yield
-    except BaseException:
-        gc.collect()  # now: a task that nobody asked for its error says so when it is collected
-        raise
     finally:
-        for logger in loggers:
-            logger.removeFilter(mute)
+        logger.removeFilter(mute)
+
+
+@functools.cache
+def _mute_left_behind() -> None:
+    """For good: nobody knows when what was left behind ends, on a thread of TensorStore's, or is collected."""
+    logging.getLogger("asyncio").addFilter(MuteLeftBehind())
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook

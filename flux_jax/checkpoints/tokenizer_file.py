@@ -2,14 +2,16 @@
 
 In: a folder with `tokenizer.json`, and `tokenizer_config.json` where there is one. Out: the tokenizer of the library
 `tokenizers`, which is written in Rust: what goes wrong there may be a panic, which Python sees as no `Exception`, or
-the end of the process, where memory runs out. So each use of it stands in `library`, and what would grow a prompt
-without bounds is refused before it is used.
+the end of the process, where memory runs out. So each use of it stands in `library`, and what would grow a text without
+bounds is refused before it is used.
 """
 
 import base64
 import contextlib
 import json
 import math
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from flux_jax.errors import UserError
-from flux_jax.io.reading import LARGE, read_object, reason, unreadable
+from flux_jax.io.library import library
+from flux_jax.io.reading import LARGE, read_object, unreadable
 
 AGAIN = "convert or download the checkpoint again"
 MOST_GROWTH = 10**5  # of a text on its way to tokens; that of published tokenizers is some thousand
+STDERR = threading.Lock()  # of the process: one thread at a time turns it away, and back
 USUAL_GROWTH = 4  # the most that a step which inserts nothing of its own makes of a character, nearly
 
 
@@ -30,7 +34,7 @@ def read(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"There is no tokenizer at {path}: the checkpoint is incomplete, convert or download it again.")
     described = read_object(path, most=LARGE, remedy=AGAIN)
-    with library(f"{path} is not a tokenizer"):
+    with library(f"{path} is not a tokenizer", AGAIN), unheard():
         steps = [described.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor")]
         if growth(steps) > MOST_GROWTH:
             raise unreadable(path, "its steps would make too much of a text", AGAIN)
@@ -43,14 +47,22 @@ def read(folder: Path) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def library(wrong: str) -> Iterator[None]:
-    """Whatever the library, or what it is given, raises inside is a UserError: what is wrong, then why."""
-    try:
-        yield
-    except (UserError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # bare Exception, and panics, which are none
-        raise UserError(f"{wrong} ({reason(error)}): {AGAIN}.") from error
+def unheard() -> Iterator[None]:
+    """Nothing is written to the process's stderr inside: a panic writes a page there, past Python, which would only
+    hide the sentence."""
+    with STDERR:
+        try:
+            kept = os.dup(2)
+        except OSError:  # it is closed: nobody hears
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def growth(step: Any) -> int:

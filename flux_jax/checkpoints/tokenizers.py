@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from flux_jax.checkpoints.tokenizer_file import library, read, special_tokens
+from flux_jax.checkpoints.tokenizer_file import AGAIN, read, special_tokens, unheard
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError, shortened
+from flux_jax.io.library import library
 
 END = "<|endoftext|>"  # of a text, to CLIP; pads where the checkpoint names no other token
 PROBE = "A photo, 3 é."  # drawn by nobody: what a tokenizer makes of it shows which ids it uses
@@ -28,7 +29,7 @@ class Tokenizers:
         self._t5 = Encoder("t5", t5, config.t5.vocab_size, "<pad>")
         self._clip = Encoder("clip", clip, config.clip.vocab_size, clip_pad)
         end = config.clip.eos_token_id
-        if end != 2 and end not in self._clip.encode(PROBE).ids:  # 2: see `CLIPText.end_of_text`
+        if end != 2 and end not in self._clip.encode([PROBE])[0].ids:  # 2: see `CLIPText.end_of_text`
             raise UserError(
                 f"The clip tokenizer does not end a text with token {end}, where the clip model looks for it."
             )
@@ -50,7 +51,7 @@ class Tokenizers:
 
     def t5_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Number of T5 tokens of each prompt, </s> included: what max_length must be for nothing to be left out."""
-        return [len(self._t5.encode(prompt).ids) for prompt in prompts]
+        return [len(encoding.ids) for encoding in self._t5.encode(prompts)]
 
     def left_out(self, prompt: str, max_length: int | None = None) -> str:
         """The end of the prompt that `t5` cuts off at `max_length`; "" when all of it is used."""
@@ -86,15 +87,15 @@ class Encoder:
                 f"The {name} tokenizer has no token {shortened(pad)} to pad with: it is not one of a FLUX model."
             )
         self.pad = found
-        self.encode(PROBE)
+        self.encode([PROBE])
 
-    def encode(self, prompt: str) -> Encoding:
-        """What the library says of a text, its ids looked at: a model would take one that it does not know for its
+    def encode(self, prompts: Sequence[str]) -> list[Encoding]:
+        """What the library says of texts, their ids looked at: a model would take one that it does not know for its
         last one, without a word."""
-        with library(f"The {self.name} tokenizer cannot read {shortened(prompt)}"):
-            encoding = self.tokenizer.encode(prompt)
-        self._check(encoding.ids)
-        return encoding
+        with library(f"The {self.name} tokenizer cannot read {shortened(list(prompts))}", AGAIN), unheard():
+            encodings = self.tokenizer.encode_batch(list(prompts))
+        self._check(max(encoding.ids, default=0) for encoding in encodings)
+        return encodings
 
     def _check(self, ids: Iterable[int]) -> None:
         if (largest := max(ids, default=0)) >= self.vocab_size:
@@ -105,7 +106,7 @@ class Encoder:
 
     def left_out(self, prompt: str, length: int) -> str:
         """The end of the prompt that does not fit into so many tokens; "" when all of it does."""
-        encoding = self.encode(prompt)
+        [encoding] = self.encode([prompt])
         if len(encoding.ids) <= length:
             return ""
         start, _ = encoding.offsets[length - 1]  # one place is taken by the end token
@@ -114,8 +115,8 @@ class Encoder:
     def padded(self, prompts: Sequence[str], length: int) -> np.ndarray:
         """Ids int32 [b, length]; the last id of a prompt that is too long stays the end token."""
         ids = np.full((len(prompts), length), self.pad, np.int32)
-        for row, prompt in zip(ids, prompts, strict=True):
-            tokens = self.encode(prompt).ids
+        for row, encoding in zip(ids, self.encode(prompts), strict=True):
+            tokens = encoding.ids
             if len(tokens) > length:
                 tokens = [*tokens[: length - 1], tokens[-1]]
             row[: len(tokens)] = tokens
