@@ -1,28 +1,44 @@
 """Fetches a published model from the Hugging Face hub: only the files that are converted, and says how many GB first.
 
 In: a repository name such as black-forest-labs/FLUX.1-dev. Out: the local folder (in the hub's own cache, where an
-interrupted download goes on). Missing or gated weights: one message, exit code 3.
+interrupted download goes on). Where the hub cannot be asked, a copy in that cache does, if it is whole. Missing or
+gated weights, no network, a cache that cannot be used: one message, exit code 3.
 """
 
+import contextlib
+import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from convert.configs import FOLDERS
 from convert.sources import LICENCE_FILES, TOKENIZER_FOLDERS
 from flux_jax.errors import UserError
+from flux_jax.io import reading
+from flux_jax.io.atomic import disk_is_full
+from flux_jax.io.library import PASSED_ON
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-SMALL = ("model_index.json", "scheduler/scheduler_config.json", *LICENCE_FILES)
+INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+SMALL = (INDEX, SCHEDULER, *LICENCE_FILES)
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))  # either will do
+HINT = "check the network, or download the model elsewhere and give its folder"
 
 
-TRANSPORT = ("httpx", "httpx2")  # what the hub library speaks HTTP with; its errors, unlike its own, are no OSErrors
+class NotFetched(UserError):
+    """The hub cannot be asked, or refuses. `reason`: why, as a part of a sentence."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message, 3)
+        self.reason = reason
 
 
 def is_hub_name(source: str) -> bool:
     """owner/name that is no path here."""
-    return bool(NAME.fullmatch(source)) and not Path(source).exists() and not source.endswith(".safetensors")
+    return bool(NAME.fullmatch(source)) and not os.path.lexists(source) and not source.endswith(".safetensors")
 
 
 def wanted_files(names: Iterable[str], components: Iterable[str]) -> list[str]:
@@ -45,44 +61,141 @@ def wanted_files(names: Iterable[str], components: Iterable[str]) -> list[str]:
 
 
 def fetch(repo: str, components: Iterable[str]) -> Path:
-    """The folder of the model, downloaded where it is not in the hub's cache yet."""
+    """The folder of the model, downloaded where it is not in the hub's cache yet. UserError, exit code 3, where it can
+    neither be fetched nor found there whole."""
+    components = tuple(components)
+    _check_environment()
+    try:
+        return _downloaded(repo, components)
+    except NotFetched as error:
+        return _cached(repo, components, error)
+
+
+def _check_environment() -> None:
+    try:
+        from huggingface_hub import constants
+    except ValueError as error:  # it reads the environment's numbers as it is imported
+        raise UserError(
+            f"a variable HF_... of the environment is wrong ({reading.reason(error)}): unset it", 3
+        ) from error
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise UserError("the hub's cache has no place, for there is no home folder: set HF_HOME to a folder", 3)
+
+
+def _downloaded(repo: str, components: tuple[str, ...]) -> Path:
     import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
+
+    info = _asked(  # without a timeout the library waits for ever
+        repo, lambda: huggingface_hub.HfApi().model_info(repo, files_metadata=True, timeout=HF_HUB_ETAG_TIMEOUT)
+    )
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    files = wanted_files(sizes, components)
+    if INDEX not in files:
+        raise UserError(
+            f"https://huggingface.co/{repo} is no diffusers repository (no {INDEX}): download its file and give "
+            "its path",
+            3,
+        )
+    gigabytes = sum(sizes[name] for name in files) / 1e9
+    print(f"{repo}: {len(files)} files, {gigabytes:.1f} GB to have in the hub's cache", file=sys.stderr)
+    fetched = _asked(repo, lambda: huggingface_hub.snapshot_download(repo, revision=info.sha, allow_patterns=files))
+    if missing := _missing(Path(fetched), components):  # without the network the library returns what it has
+        raise NotFetched(f"{repo} cannot be fetched ({missing} did not come): {HINT}", f"{missing} did not come")
+    return Path(fetched)
+
+
+def _asked(repo: str, call: Callable[[], Any]) -> Any:
+    """What the library returns. NotFetched for whatever it raises: its own exceptions, those of what it speaks HTTP
+    with, of the system, of answers that it does not understand."""
     from huggingface_hub import errors
 
-    url = f"https://huggingface.co/{repo}"
     try:
-        info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        files = wanted_files(sizes, components)
-        if "model_index.json" not in files:
-            raise UserError(
-                f"{url} is no diffusers repository (no model_index.json): download its file and give its path", 3
+        return call()
+    except PASSED_ON:
+        raise
+    except BaseException as error:
+        url, reason = f"https://huggingface.co/{repo}", reading.reason(error)
+        code = getattr(getattr(error, "response", None), "status_code", None)
+        status = f"HTTP {code}" if code else "no HTTP status"
+        if isinstance(error, errors.GatedRepoError):
+            reason = f"it is gated, {status}"
+            message = (
+                f"{repo} is gated ({status}): accept its licence at {url}, then log in with 'hf auth login' or set "
+                "HF_TOKEN, and run this again"
             )
-        gigabytes = sum(sizes[name] for name in files) / 1e9
-        print(f"{repo}: {len(files)} files, {gigabytes:.1f} GB to have in the hub's cache", file=sys.stderr)
-        return Path(huggingface_hub.snapshot_download(repo, revision=info.sha, allow_patterns=files))
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{repo} is gated ({_status(error)}): accept its licence at {url}, then log in with 'hf auth login' or set "
-            "HF_TOKEN, and run this again",
-            3,
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"no model {repo!r} on the hub ({_status(error)}), and no folder or file of that name here", 3
-        ) from error
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in TRANSPORT:
-            raise
-        if _status(error) in ("HTTP 401", "HTTP 403"):
-            raise UserError(
-                f"{repo}: the hub refuses ({_status(error)}): accept the licence at {url} and log in again", 3
-            ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "check the network, or download the model elsewhere and give its folder"
-        raise UserError(f"{repo} cannot be fetched ({reason}): {hint}", 3) from error
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = f"the hub does not know it, {status}"
+            message = f"no model {repo!r} on the hub ({status}), and no folder or file of that name here"
+        elif code in (401, 403):
+            reason = f"the hub refuses, {status}"
+            message = f"{repo}: the hub refuses ({status}): accept the licence at {url} and log in again"
+        elif disk_is_full(error):
+            message = (
+                f"{repo} cannot be fetched ({reason}): free some space, or set HF_HOME to a folder on another disk"
+            )
+        elif isinstance(error, OSError) and error.filename:
+            message = (
+                f"{repo} cannot be fetched ({reason}: {error.filename}): set HF_HOME to a folder that can be written"
+            )
+        else:
+            message = f"{repo} cannot be fetched ({reason}): {HINT}"
+        raise NotFetched(message, reason) from error
 
 
-def _status(error: BaseException) -> str:
-    code = getattr(getattr(error, "response", None), "status_code", None)
-    return f"HTTP {code}" if code else "no HTTP status"
+def _cached(repo: str, components: tuple[str, ...], error: NotFetched) -> Path:
+    """The copy in the hub's cache, of the newest revision that is whole. The error where there is no copy."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    lacking: list[str] = []
+    for folder in _snapshots(Path(HF_HUB_CACHE, "models--" + repo.replace("/", "--"))):
+        missing = _missing(folder, components)
+        if missing is None:
+            print(f"{repo}: {error.reason}; the hub's cache has it, revision {folder.name}", file=sys.stderr)
+            return folder
+        lacking.append(missing)
+    if not lacking:
+        raise error
+    raise UserError(
+        f"{repo} cannot be fetched ({error.reason}), and the copy in the hub's cache lacks {lacking[0]}: {HINT}", 3
+    ) from error
+
+
+def _snapshots(store: Path) -> list[Path]:
+    """The revisions of a repository's cache: the one that was "main" last, then the newest."""
+    main = ""
+    with contextlib.suppress(UserError):
+        main = reading.read_text(store / "refs" / "main").strip()
+    try:
+        folders = [each for each in (store / "snapshots").iterdir() if each.is_dir()]
+        return sorted(folders, key=lambda each: (each.name != main, -each.stat().st_mtime))
+    except OSError:
+        return []
+
+
+def _missing(folder: Path, components: tuple[str, ...]) -> str | None:
+    """The first file that the converter will want and that is not there; None where all are."""
+    names = [
+        (Path(at) / name).relative_to(folder).as_posix() for at, _, files in os.walk(folder) for name in files
+    ]  # also links whose target is gone
+    files = set(wanted_files(names, components))
+    needed = {INDEX, SCHEDULER, *files} - set(LICENCE_FILES)
+    for component in components:
+        place = FOLDERS[component]
+        needed.add(f"{place}/config.json")
+        weights = sorted(name for name in files if name.startswith(f"{place}/") and ".safetensors" in name)
+        for index in (name for name in weights if name.endswith(".index.json")):
+            with contextlib.suppress(UserError):  # which is said when it is converted
+                shards = reading.read_object(folder / index, most=reading.LARGE).get("weight_map")
+                needed |= {f"{place}/{shard}" for shard in shards.values()} if isinstance(shards, dict) else set()
+        if not weights:
+            return f"{place}/*.safetensors"
+        if component in TOKENIZER_FOLDERS:
+            place = TOKENIZER_FOLDERS[component][0]
+            if not any(all(f"{place}/{name}" in files for name in either) for either in TOKENIZERS):
+                return f"{place}/tokenizer.json"
+    return next((name for name in sorted(needed) if not _readable(folder / name)), None)
+
+
+def _readable(path: Path) -> bool:
+    return os.path.isfile(path) and os.access(path, os.R_OK)

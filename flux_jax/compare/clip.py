@@ -6,6 +6,7 @@ tower's length (77 tokens), pictures to their middle square, by transformers' ow
 """
 
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from flax import nnx
 from jaxtyping import Float, Int, UInt8
 
 from flux_jax.compare.networks import Judge, checked, open_tensors
-from flux_jax.compare.towers import IMAGE, PROJECTION, TEXT, CLIPImage, hub_name, read_config
+from flux_jax.compare.towers import AGAIN, IMAGE, PROJECTION, TEXT, CLIPImage, check_preparation, hub_name, read_config
 from flux_jax.errors import UserError
 from flux_jax.io import published
+from flux_jax.io.library import library
 from flux_jax.models.clip import CLIPText
 from flux_jax.models.layers import Linear
 
@@ -26,8 +28,9 @@ from flux_jax.models.layers import Linear
 def encode(folder: Path, prompts: Sequence[str], length: int) -> Int[np.ndarray, "b length"]:
     """The prompts' ids int32, cut and padded to `length`. UserError where the folder holds no CLIP tokenizer."""
     tokenizer = published.clip_tokenizer(folder)
-    ids = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)["input_ids"]
-    return np.array(ids, np.int32)
+    with library(f"{folder}: the tokenizer cannot read a prompt", AGAIN):
+        ids = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)["input_ids"]
+        return np.array(ids, np.int32)
 
 
 def prepare(pictures: Sequence[UInt8[np.ndarray, "_h _w 3"]], size: int) -> Float[np.ndarray, "b size size 3"]:
@@ -44,6 +47,8 @@ def judge(folder: Path, prompts: Sequence[str]) -> Judge:
     """Measures `clip_a` and `clip_b`: each picture with their prompt. UserError where the folder holds no CLIP."""
     source = open_tensors(folder)
     towers = read_config(folder / "config.json")
+    if os.path.lexists(preparation := folder / "preprocessor_config.json"):
+        check_preparation(preparation, towers.size)
     ids = encode(folder, prompts, towers.text.max_positions)
     if ids.max() >= towers.text.vocab_size:
         raise UserError(f"{folder}: the tokenizer has more tokens than the {towers.text.vocab_size} that CLIP knows.")

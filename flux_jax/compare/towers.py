@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from flux_jax.config import CLIPConfig
-from flux_jax.errors import UserError
-from flux_jax.io import published
+from flux_jax.config import WIDTH, CLIPConfig, FluxConfig
+from flux_jax.errors import UserError, shortened
+from flux_jax.io import published, reading
+from flux_jax.io.library import library
 from flux_jax.models.clip import ACTIVATIONS, CLIPLayer
 from flux_jax.models.layers import Conv, Embedding, LayerNorm, Linear, stack
 
@@ -42,6 +43,15 @@ INSIDE = {  # a layer
     "fc1": "mlp.fc1",
     "fc2": "mlp.fc2",
 }
+PREPARATION = {  # what `preprocessor_config.json` may say of pictures, beside their sizes
+    **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
+    "resample": (3,),  # bicubic
+    "rescale_factor": (1 / 255,),
+    "image_mean": ([0.48145466, 0.4578275, 0.40821073],),
+    "image_std": ([0.26862954, 0.26130258, 0.27577711],),
+}
+AGAIN = "download the CLIP again"
+ANOTHER = "give the folder of a CLIP such as openai/clip-vit-large-patch14"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,37 +103,57 @@ def hub_name(names: dict[str, str], ours: str) -> str:
 
 def read_config(path: Path) -> Towers:
     """A CLIP's config.json; what it leaves out has transformers' defaults. UserError where it is none."""
-    try:
-        data = published.transformers().CLIPConfig.from_json_file(path)
-        if data.model_type != "clip":
-            raise ValueError(f"its model_type is {data.model_type!r}, not 'clip'")
+    given = reading.read_object(path, remedy=AGAIN)
+    if given.get("quantization_config"):
+        raise UserError(f"{path}: the weights are quantized: give a CLIP in float32, float16 or bfloat16.")
+    with library(f"{path} does not describe a CLIP model as the hub has them", ANOTHER):
+        if (kind := given.get("model_type", "clip")) != "clip":
+            raise ValueError(f"its model_type is {shortened(kind)}, not 'clip'")
+        data = published.transformers().CLIPConfig.from_dict(given)
         text, image = data.text_config, data.vision_config
-        patches = (image.image_size // image.patch_size) ** 2
+        size, patch = _edge("image_size", image.image_size), _edge("patch_size", image.patch_size)
         return Towers(
-            dataclasses.replace(
-                _tower(text, text.max_position_embeddings),
-                vocab_size=text.vocab_size,
-                eos_token_id=int(text.eos_token_id),
-            ),
-            _tower(image, patches + 1),
-            image.image_size,
-            image.patch_size,
-            int(data.projection_dim),
+            _tower(text, text.max_position_embeddings, vocab_size=text.vocab_size, eos_token_id=text.eos_token_id),
+            _tower(image, (size // patch) ** 2 + 1),
+            size,
+            patch,
+            _edge("projection_dim", data.projection_dim),
         )
-    except Exception as error:  # the library's checks have exceptions of their own
-        reason = published.one_line(error)
-        raise UserError(f"{path} does not describe a CLIP model as the hub has them ({reason}).") from error
 
 
-def _tower(section: Any, positions: int) -> CLIPConfig:
+def check_preparation(path: Path, size: int) -> None:
+    """UserError where a folder's preprocessor_config.json asks for pictures that are made otherwise than
+    `flux_jax.compare.clip` makes them: edges of `size` pixels, CLIP's own colours."""
+    given = reading.read_object(path, remedy=AGAIN)
+    ours = {
+        **PREPARATION,
+        "size": (size, {"shortest_edge": size}),
+        "crop_size": (size, {"height": size, "width": size}),
+    }
+    for key, values in ours.items():
+        if key in given and given[key] not in values:
+            raise UserError(f"{path}: {key} is {shortened(given[key])}, only {shortened(values[-1])} is known here.")
+
+
+def _edge(name: str, value: Any) -> int:
+    if type(value) is not int or not WIDTH[0] <= value <= WIDTH[1]:
+        raise ValueError(f"{name} must be an int from {WIDTH[0]} to {WIDTH[1]}, not {shortened(value)}")
+    return value
+
+
+def _tower(section: Any, positions: int, **more: int) -> CLIPConfig:
+    """A tower's sizes, their types and bounds checked. ValueError for others."""
     if section.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"its activation is {section.hidden_act!r}, not {' or '.join(ACTIVATIONS)}")
-    return CLIPConfig(
-        hidden_size=section.hidden_size,
-        mlp_dim=section.intermediate_size,
-        num_heads=section.num_attention_heads,
-        num_layers=section.num_hidden_layers,
-        max_positions=positions,
-        eps=float(section.layer_norm_eps),
-        activation=section.hidden_act,
-    )
+        raise ValueError(f"its activation is {shortened(section.hidden_act)}, not {' or '.join(ACTIVATIONS)}")
+    values = {
+        "hidden_size": section.hidden_size,
+        "mlp_dim": section.intermediate_size,
+        "num_heads": section.num_attention_heads,
+        "num_layers": section.num_hidden_layers,
+        "max_positions": positions,
+        "eps": section.layer_norm_eps,
+        "activation": section.hidden_act,
+        **more,
+    }
+    whole = FluxConfig().to_json()
+    return FluxConfig.from_json({**whole, "clip": {**whole["clip"], **values}}).clip

@@ -1,6 +1,7 @@
 """CLIP score and LPIPS against transformers and a restatement in torch, by way of the files that users bring."""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -8,6 +9,7 @@ import parity
 import published
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from flux_jax.compare import clip, lpips, networks, towers
 from flux_jax.errors import UserError
@@ -111,7 +113,13 @@ def test_config_of_a_published_clip(tmp_path):
         ('{"model_type": "clip", "text_config": 3}', "config.json"),
         ('{"model_type": "clip", "text_config": {"hidden_size": "a"}}', "hidden_size"),
         ('{"model_type": "clip", "text_config": {"eos_token_id": [1, 2]}}', "config.json"),
-        ('{"model_type": "clip", "vision_config": {"patch_size": 0}}', "config.json"),
+        ('{"model_type": "clip", "vision_config": {"patch_size": 0}}', "patch_size"),
+        ('{"model_type": "clip", "vision_config": {"image_size": -224}}', "image_size"),
+        ('{"model_type": "clip", "vision_config": {"image_size": 1000000, "patch_size": 1}}', "max_positions"),
+        ('{"model_type": "clip", "text_config": {"num_attention_heads": 0}}', "config.json"),
+        ('{"model_type": "clip", "projection_dim": null}', "projection_dim"),
+        ('{"model_type": "clip", "quantization_config": {"quant_method": "gptq"}}', "quantized"),
+        ("[" * 2000, "64 levels"),
         ("[]", "config.json"),
         (None, "config.json"),
     ],
@@ -124,14 +132,56 @@ def test_other_configs_are_refused(tmp_path, text, named, snapshot_message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("preparation", "named"),
+    [
+        ({"size": 32, "crop_size": {"height": 32, "width": 32}, "resample": 3, "feature_extractor_type": "x"}, None),
+        ({"size": {"shortest_edge": 32}, "image_mean": [0.48145466, 0.4578275, 0.40821073]}, None),
+        ({"size": {"height": 32, "width": 32}}, "size"),
+        ({"crop_size": 31}, "crop_size"),
+        ({"image_std": [0.5, 0.5, 0.5]}, "image_std"),
+        ({"do_center_crop": False}, "do_center_crop"),
+        ({"resample": None}, "resample"),
+        ([], "object"),
+    ],
+)
+def test_pictures_that_a_clip_wants_otherwise(tmp_path, preparation, named, snapshot_message):
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(preparation))
+    if named is None:
+        towers.check_preparation(path, 32)
+    else:
+        with snapshot_message.raises(UserError, named, path):
+            towers.check_preparation(path, 32)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "nothing", "text", "float8", "outside", "a folder of its own"])
+def test_files_that_hold_no_network(tmp_path, kind, snapshot_message):
+    file = tmp_path / "lpips.safetensors"
+    names = {"net.slice1.0.weight": np.zeros(8, np.float32)}
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "text":
+        file.write_text("<html>")
+    elif kind == "float8":
+        save_file({name: value.astype(ml_dtypes.float8_e4m3fn) for name, value in names.items()}, file)
+    elif kind == "outside":
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+        file = tmp_path
+    elif kind != "nothing":
+        file.mkdir()
+    with snapshot_message.raises(UserError, file) as caught:
+        lpips.judge(file, 64, 64)
+    assert "\n" not in str(caught.value)
+
+
 def test_weights_in_shards(tmp_path, snapshot_message):
     """As in the folder of a large CLIP; bfloat16, too. A shard that lacks, and an index that is none."""
     tensors = {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float32).astype(ml_dtypes.bfloat16)}
     published.write_shards(tmp_path, tensors, 2, stem="model")
     source = networks.open_tensors(tmp_path)
-    assert {name: file.get_tensor(name).tolist() for name, file in source.files.items()} == {
-        name: value.tolist() for name, value in tensors.items()
-    }
+    assert source.entries.keys() == tensors.keys()
+    assert all(np.array_equal(source.read(name), value) for name, value in tensors.items())
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with snapshot_message.raises(UserError, "00002"):
         networks.open_tensors(tmp_path)

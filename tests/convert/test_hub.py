@@ -2,15 +2,21 @@
 network; the hub's answers are made up.
 """
 
+import json
+import os
+import re
+import shutil
+import sys
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from convert import hub
 from convert.__main__ import main
 from flux_jax.checkpoints.checkpoint import Checkpoint
+from flux_jax.errors import UserError
 
 
 @pytest.fixture
@@ -132,6 +138,152 @@ def test_a_mistake_of_ours_is_not_hidden(command, monkeypatch):
     def broken(*_, **__):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=broken))
+    info = SimpleNamespace(siblings=[], sha="abc")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
+    monkeypatch.setattr(hub, "wanted_files", broken)
     with pytest.raises(KeyError):
         command("somebody/FLUX")
+
+
+PARTS = ("transformer", "t5", "clip", "vae")
+SHARDS = {
+    "metadata": {},
+    "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Makes a revision of somebody/FLUX in the hub's cache: links to blobs, as the library does. Nothing answers."""
+    store = tmp_path / "hub" / "models--somebody--FLUX"
+    (store / "blobs").mkdir(parents=True)
+    (store / "refs").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def refuse(*_, **__):
+        raise errors.OfflineModeIsEnabled("offline mode is enabled")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=refuse))
+
+    def make(revision="abc", left_out=(), main=True):
+        folder = store / "snapshots" / revision
+        for name in set(FILES) - {"README.md", "flux1-dev.safetensors", "ae.safetensors", *left_out}:
+            blob = store / "blobs" / name.replace("/", "+")
+            blob.write_text(json.dumps(SHARDS if name == "text_encoder_2/model.safetensors.index.json" else {}))
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(blob)
+        if main:
+            (store / "refs" / "main").write_text(revision)
+        return folder
+
+    return make
+
+
+def test_what_is_in_the_cache_needs_no_network(cache, capsys, snapshot_message):
+    folder = cache(left_out=["LICENSE.md", "tokenizer_2/spiece.model"])  # neither is needed
+    assert hub.fetch("somebody/FLUX", PARTS) == folder
+    snapshot_message(capsys.readouterr().err, "somebody/FLUX", "abc")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError("timed out"),
+        PermissionError(13, "Permission denied", "/cache/x.lock"),
+        KeyError("id"),  # of an answer that is not the hub's
+        errors.GatedRepoError("no", response=SimpleNamespace(status_code=401, headers={}, request=None)),
+        type("PanicException", (BaseException,), {})("a panic"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_any_failure_falls_back_to_the_cache_or_is_a_sentence(cache, monkeypatch, capsys, error, snapshot_message):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=refuse))
+    with snapshot_message.raises(UserError, "somebody/FLUX") as caught:
+        hub.fetch("somebody/FLUX", PARTS)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+    folder = cache()
+    assert hub.fetch("somebody/FLUX", PARTS) == folder
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder_2/model-00002-of-00002.safetensors",
+        "text_encoder/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "tokenizer/merges.txt",
+    ],
+)
+def test_half_a_model_in_the_cache(cache, lost, snapshot_message):
+    cache(left_out=[lost])
+    with snapshot_message.raises(UserError, "somebody/FLUX") as caught:
+        hub.fetch("somebody/FLUX", PARTS)
+    assert caught.value.exit_code == 3
+    if lost not in hub.SMALL:
+        hub.fetch("somebody/FLUX", ["transformer"])  # what is not wanted may lack
+
+
+def test_a_download_that_stops_half_way(cache, monkeypatch):
+    """The library may return what it has."""
+    folder = cache()
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in FILES.items()]
+    info = SimpleNamespace(siblings=siblings, sha="abc")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    assert hub.fetch("somebody/FLUX", PARTS) == folder
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(UserError, match=re.escape("vae/config.json")):
+        hub.fetch("somebody/FLUX", PARTS)
+
+
+def test_the_revision_that_is_whole_is_taken(cache):
+    whole = cache("old", main=False)
+    cache("new", left_out=["vae/config.json"])
+    assert hub.fetch("somebody/FLUX", PARTS) == whole
+    other = cache("newest", main=False)
+    os.utime(other, (2e9, 2e9))
+    assert hub.fetch("somebody/FLUX", PARTS) == other
+    (other.parents[1] / "refs" / "main").write_text("old\n")
+    assert hub.fetch("somebody/FLUX", PARTS) == whole
+
+
+@pytest.mark.parametrize("damage", ["ref", "blob", "file", "index", "denied"])
+def test_a_damaged_cache(cache, damage, snapshot_message):
+    folder = cache()
+    store = folder.parents[1]
+    if damage == "ref":
+        (store / "refs" / "main").write_bytes(b"\xff\x00")
+        assert hub.fetch("somebody/FLUX", PARTS) == folder
+        return
+    if damage == "blob":
+        (store / "blobs" / "vae+config.json").unlink()
+    elif damage == "file":
+        shutil.rmtree(store)
+        store.write_text("")
+    elif damage == "index":
+        weight_map = {"weight_map": {"a": 3, "b": "\0", "c": "../../x"}}
+        (store / "blobs" / "text_encoder_2+model.safetensors.index.json").write_text(json.dumps(weight_map))
+    elif damage == "denied":
+        (store / "snapshots").rename(store / "s")
+        (store / "snapshots").symlink_to("snapshots")
+    with snapshot_message.raises(UserError, "somebody/FLUX") as caught:
+        hub.fetch("somebody/FLUX", PARTS)
+    assert caught.value.exit_code == 3
+
+
+def test_a_home_that_is_not_there_and_numbers_that_are_none(cache, monkeypatch, snapshot_message):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")  # as the library leaves it
+    with snapshot_message.raises(UserError, "HF_HOME"):
+        hub.fetch("somebody/FLUX", PARTS)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "huggingface_hub.constants")
+        patch.delattr(huggingface_hub, "constants")
+        patch.setenv("HF_HUB_ETAG_TIMEOUT", "soon")
+        with snapshot_message.raises(UserError, "HF_", "soon"):
+            hub.fetch("somebody/FLUX", PARTS)

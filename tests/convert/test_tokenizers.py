@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from convert.tokenizers import ensure_tokenizer_json
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import nano
 from flux_jax.errors import UserError
+from flux_jax.io import reading
 from flux_jax.nano import vocabulary
 from flux_jax.nano.captions import VOCABULARY
 
@@ -159,3 +161,64 @@ def test_broken_source_folders_are_one_clear_error(tmp_path, files, snapshot_mes
     with snapshot_message.raises(UserError, source, volatile=THEIRS) as caught:
         ensure_tokenizer_json(source, tmp_path / "out")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "spiece.model", "added_tokens.json"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "large", "dangling"])
+def test_files_that_are_not_copied(tmp_path, monkeypatch, name, kind, snapshot_message):
+    """Pipes, which would never end, links to files of the user, and files that fill the memory."""
+    source = tmp_path / "source"
+    source.mkdir()
+    if kind == "pipe":
+        os.mkfifo(source / name)
+    elif kind == "large":
+        (source / name).write_text("{}" + " " * 2**21)
+        monkeypatch.setattr(reading, "LARGE", 2**20)
+    else:
+        (tmp_path / "secret").write_text("{}")
+        (source / name).symlink_to(tmp_path / ("secret" if kind == "link" else "gone"))
+    with snapshot_message.raises(UserError, source / name):
+        ensure_tokenizer_json(source, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_links_into_the_blobs_of_the_hubs_cache_are_copied(folder, tmp_path):
+    blobs, source = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "tokenizer"
+    shutil.copytree(folder / "clip", blobs)
+    source.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (source / file.name).symlink_to(file)
+    ensure_tokenizer_json(source, tmp_path / "out")
+    assert (tmp_path / "out" / "vocab.json").read_bytes() == (folder / "clip" / "vocab.json").read_bytes()
+
+
+def test_transformers_opens_no_file_but_the_tokenizers(folder, tmp_path):
+    """Neither what tokenizer_config.json names, nor what else lies there."""
+    source = hub_clip_folder(folder, tmp_path / "source", BY_ID)
+    expected = ensure(source, tmp_path / "expected")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config |= {f"{name}_file": "/dev/tty" for name in ("vocab", "merges", "tokenizer", "special_tokens_map")}
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"fast_tokenizer_files": ["tokenizer.9.json"]}))
+    os.mkfifo(source / "chat_template.jinja")
+    assert ensure(source, tmp_path / "out") == expected
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["vocab_file"] == "/dev/tty"
+
+
+def ensure(source: Path, out: Path) -> bytes:
+    ensure_tokenizer_json(source, out)
+    return (out / "tokenizer.json").read_bytes()
+
+
+class PanicException(BaseException):
+    """As Rust's are."""
+
+
+def test_a_panic_is_one_sentence(folder, spiece, tmp_path, monkeypatch, snapshot_message):
+    def panic(*_, **__):
+        raise PanicException("index out of bounds")
+
+    clip = hub_clip_folder(folder, tmp_path / "clip", None)
+    for source, kind in ((clip, CLIPTokenizerFast), (spiece, T5TokenizerFast)):
+        monkeypatch.setattr(kind, "from_pretrained", panic)
+        with snapshot_message.raises(UserError, source, "index out of bounds"):
+            ensure_tokenizer_json(source, tmp_path / "out" / source.name)
