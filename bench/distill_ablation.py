@@ -54,6 +54,7 @@ def measure(teacher: str, folder: Path, texts: list[str], options: Options, poin
     from flux_jax.sampling.pipeline import FluxPipeline
 
     work = prepare(teacher, folder, texts, options, "data=1")
+    work.begin()
     shared = points / f"{options.points}-{options.seed}"
     names = ("held_out", "trajectories")
     for name in names:

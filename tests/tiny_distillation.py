@@ -92,15 +92,19 @@ def die_at(place: list, die: Callable[[], Any] = raise_killed, patch: Callable[.
 
         patch(Trainer, "run", run_dying)
         return
-    module, argument = {"publish": (atomic, 1), "barrier": (mesh, 0), "rename": (os, 1)}[kind]
-    function = getattr(module, kind)
+    owner, named = {
+        "publish": (atomic.WholeFolder, lambda whole: whole.folder),
+        "barrier": (mesh, lambda name: name),
+        "rename": (os, lambda _, target: target),
+    }[kind]
+    function = getattr(owner, kind)
 
     def dying(*args, **options):
-        if str(args[argument]).endswith(where[0]):
+        if str(named(*args)).endswith(where[0]):
             die()
         return function(*args, **options)
 
-    patch(module, kind, dying)
+    patch(owner, kind, dying)
 
 
 def environment(devices: int = 1) -> dict[str, str]:

@@ -14,14 +14,15 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from flux_jax import validation
+from flux_jax.cli.arguments import expanded
 from flux_jax.cli.evaluate import INTERRUPTED, NO_MEMORY
-from flux_jax.cli.main import Parser, check_device, guarded, program, say
+from flux_jax.cli.main import Parser, check_device, guarded, path, program, say
 from flux_jax.cli.sampling_arguments import add_sampling, same_sampling
 from flux_jax.errors import UserError
+from flux_jax.io import atomic
 from flux_jax.io.prompts import read_rows
 from flux_jax.runtime.environment import set_environment
 
@@ -38,13 +39,14 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
         prog=program("compare"), description="Two models side by side, from the same noise.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("a", metavar="A", help="the reference: a checkpoint folder or alias, with options: nano@dtype=float32")
-    add("b", metavar="B", help="what is compared with it")
-    add("--prompts", type=Path, metavar="FILE", help="a .txt, .jsonl or .tsv file (default: FLUX-nano's)")
-    add("--out", type=Path, required=True, help="the folder; the same command again goes on where it stopped")
+    reference = "the reference: a checkpoint folder or alias, with options: nano@dtype=float32"
+    add("a", type=expanded, metavar="A", help=reference)
+    add("b", type=expanded, metavar="B", help="what is compared with it")
+    add("--prompts", type=path, metavar="FILE", help="a .txt, .jsonl or .tsv file (default: FLUX-nano's)")
+    add("--out", type=path, required=True, help="the folder; the same command again goes on where it stopped")
     add("--seed", type=int, default=0, help="prompt i has noise SEED + i, unless its line says another (%(default)s)")
-    add("--clip", type=Path, metavar="FOLDER", help="a CLIP model of the hub: CLIP scores of both models' pictures")
-    add("--lpips", type=Path, metavar="FILE", help="LPIPS weights (.safetensors): how far pictures look apart")
+    add("--clip", type=path, metavar="FOLDER", help="a CLIP model of the hub: CLIP scores of both models' pictures")
+    add("--lpips", type=path, metavar="FILE", help="LPIPS weights (.safetensors): how far pictures look apart")
     add_sampling(parser, steps=None, model=False)
     add("--json", action="store_true", help="print the report on stdout")
     return parser.parse_args(argv)
@@ -70,12 +72,13 @@ def run(argv: Sequence[str]) -> None:
     networks = judges(args, [prompt for prompt, _ in chosen], sampling)
     identities = {"a": a.identity(), "b": b.identity()}
     settings = {"comparison": identities, "sampling": sampling, "prompts": [list(each) for each in chosen]}
-    image_folders.stamp(args.out, settings)
-    compilation_cache.enable()
-    rows = drawing.run(tasks, a, b, sampling, args.out)
-    rows = drawing.judged(rows, tasks, args.out, list(networks.values()))
     about = {"a": a.label(), "b": b.label(), "models": identities, "sampling": sampling, "networks": list(networks)}
-    result = report.write(args.out, tasks, rows, about)
+    with atomic.alone(args.out):
+        image_folders.stamp(args.out, settings)
+        compilation_cache.enable()
+        rows = drawing.run(tasks, a, b, sampling, args.out)
+        rows = drawing.judged(rows, tasks, args.out, list(networks.values()))
+        result = report.write(args.out, tasks, rows, about)
     for line in (*metrics.sentences(result["summary"]), args.out / "index.html"):
         say(str(line))
     if args.json:

@@ -12,10 +12,9 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from flux_jax.cli.dataclass_flags import add_dataclass_flags, given
-from flux_jax.cli.main import Parser, guarded, program, say
+from flux_jax.cli.main import Parser, guarded, path, program, say
 from flux_jax.distill.options import LARGE, QUICK, Options
 from flux_jax.errors import UserError
 from flux_jax.io import prompts
@@ -62,8 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("teacher", metavar="TEACHER")
-    add("out", type=Path, metavar="OUT")
-    add("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help=".txt, .jsonl or .tsv files")
+    add("out", type=path, metavar="OUT")
+    add("--prompts", type=path, nargs="+", required=True, metavar="FILE", help=".txt, .jsonl or .tsv files")
     sets = parser.add_mutually_exclusive_group()
     for flag, about, values in (("--quick", "short phases", QUICK), ("--large", "for FLUX.1-dev's size", LARGE)):
         listed = ", ".join(f"{name} {value}" for name, value in values.items())

@@ -7,51 +7,53 @@ benchmark's evaluator reads (`flux_jax.evaluate.benchmarks` has the layouts); pr
 import argparse
 import functools
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flux_jax import validation
-from flux_jax.cli.main import check_device
+from flux_jax.cli.main import check_device, path
 from flux_jax.cli.sampling_arguments import add_sampling, sampling_of
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, shortened
 from flux_jax.evaluate import benchmarks, image_folders
 from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, Picture, Prompt
 from flux_jax.evaluate.geneval import TAGS
 from flux_jax.evaluate.models import Variant
 from flux_jax.evaluate.render_prompts import painter, recorder
+from flux_jax.io import atomic, reading
 
-Split = Callable[[list[Prompt]], tuple[list[Prompt], list[Prompt]]]  # prompts -> all, this shard's
+MOST = 1_000_000  # pictures of a prompt, prompts, devices
+Split = Callable[[list[Prompt]], list[Prompt]]  # prompts -> this shard's
 Layout = Callable[[list[Prompt], int, int], list[Picture]]  # prompts, pictures of each, first seed
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of pictures: what its run.json says beside the run's own settings, all its pictures, this shard's."""
+    """A folder of pictures: what its run.json says beside the run's own settings, this shard's pictures."""
 
     out: Path
     settings: dict[str, Any]
-    everything: list[Picture]
     mine: list[Picture]
 
 
 def add_commands(commands) -> None:
     """The three subcommands, on argparse's list of them."""
     geneval = commands.add_parser("geneval", help=f"GenEval's folder: {sum(TAGS.values())} prompts, 4 pictures each")
-    geneval.add_argument("--metadata", type=Path, required=True, help="GenEval's evaluation_metadata.jsonl")
+    geneval.add_argument("--metadata", type=path, required=True, help="GenEval's evaluation_metadata.jsonl")
     t2i = commands.add_parser("t2i-compbench", help="T2I-CompBench's folders: 300 prompts a category, 10 pictures each")
     t2i.add_argument("--category", required=True, help=f"all, or one of {', '.join(CATEGORIES)}")
-    t2i.add_argument("--prompts", type=Path, required=True, help="its CATEGORY_val.txt; for all: the folder of these")
+    t2i.add_argument("--prompts", type=path, required=True, help="its CATEGORY_val.txt; for all: the folder of these")
     parti = commands.add_parser("parti", help="PartiPrompts, in GenEval's layout: 1632 prompts, a picture each")
-    parti.add_argument("--prompts", type=Path, required=True, help="PartiPrompts.tsv")
+    parti.add_argument("--prompts", type=path, required=True, help="PartiPrompts.tsv")
     for name, parser, plan in (
         ("geneval", geneval, _plan_geneval),
         ("t2i-compbench", t2i, _plan_t2i),
         ("parti", parti, _plan_parti),
     ):
         add = parser.add_argument
-        add("--out", type=Path, required=True, help="the folder; the same command again goes on where it stopped")
+        add("--out", type=path, required=True, help="the folder; the same command again goes on where it stopped")
         add_sampling(parser, steps=None)
         add("--seed", type=int, default=benchmarks.SEED, help="picture k of every prompt has SEED + k (%(default)s)")
         add("--images", type=int, default=IMAGES[name], help="pictures of a prompt (%(default)s)")
@@ -64,13 +66,14 @@ def add_commands(commands) -> None:
 
 def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Makes the pictures that the arguments ask for; returns the report that --json prints."""
-    if args.images < 1 or (args.subset is not None and args.subset < 1) or (args.devices or 1) < 1:
-        raise UserError("--images, --subset and --devices must be at least 1.")
+    for name in ("images", "subset", "devices"):
+        if (count := getattr(args, name)) is not None and not 1 <= count <= MOST:
+            raise UserError(f"--{name} must be from 1 to {MOST}, not {shortened(count)}.")
     part, parts = read_shard(args.shard)
     variant = Variant.parse(args.model)
     sampling = sampling_of(args, variant)
     validation.check_seeds([args.seed, args.seed + args.images - 1])
-    folders: list[Folder] = args.plan(args, lambda prompts: (prompts, benchmarks.shard(prompts, part, parts)))
+    folders: list[Folder] = args.plan(args, lambda prompts: benchmarks.shard(prompts, part, parts))
     settings = {"benchmark": args.what, "model": variant.identity(), "sampling": sampling, "seed": args.seed}
     report = {"model": str(variant), "folders": [], "planned": 0, "there": 0, "made": 0}
     for folder in folders:
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"{report['planned']} pictures, {report['there']} of them there already.")
     if args.dry_run or report["planned"] == report["there"]:
         for folder in folders if not args.dry_run else ():
-            image_folders.sweep(folder.everything, folder.out)
+            atomic.sweep(folder.out)
         return report
 
     import jax
@@ -98,28 +101,28 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     record = recorder(variant, sampling, devices[0])
     for folder in folders:
         report["made"] += image_folders.make(folder.mine, folder.out, draw, record, devices)
-        image_folders.sweep(folder.everything, folder.out)
+        atomic.sweep(folder.out)
     return report
 
 
 def read_shard(text: str) -> tuple[int, int]:
     """`2/8` as (2, 8)."""
-    numbers = text.split("/")
-    if len(numbers) != 2 or not all(map(str.isdigit, numbers)) or not 1 <= int(numbers[0]) <= int(numbers[1]):
-        raise UserError(f"--shard must read I/N with I from 1 to N, such as 1/4, not {text!r}.")
-    return int(numbers[0]), int(numbers[1])
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--shard must read I/N with I from 1 to N, such as 1/4, not {shortened(text)}.")
+    return int(found[1]), int(found[2])
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(file: Path) -> str:
+    return hashlib.sha256(reading.read_bytes(file, most=reading.LARGE)).hexdigest()
 
 
 def _planned(
     args: argparse.Namespace, split: Split, layout: Layout, prompts: list[Prompt], source: Path, out: Path, **own: str
 ) -> Folder:
-    everything, mine = split(benchmarks.subset(prompts, args.subset))
+    mine = split(benchmarks.subset(prompts, args.subset))
     settings = {"prompts": _digest(source), "images": args.images, **own}
-    return Folder(out, settings, layout(everything, args.images, args.seed), layout(mine, args.images, args.seed))
+    return Folder(out, settings, layout(mine, args.images, args.seed))
 
 
 def _plan_geneval(args: argparse.Namespace, split: Split) -> list[Folder]:
@@ -134,7 +137,8 @@ def _plan_parti(args: argparse.Namespace, split: Split) -> list[Folder]:
 
 def _plan_t2i(args: argparse.Namespace, split: Split) -> list[Folder]:
     if args.category != "all" and args.category not in CATEGORIES:
-        raise UserError(f"Unknown category {args.category!r}; T2I-CompBench has {', '.join(CATEGORIES)} (or: all).")
+        known = ", ".join(CATEGORIES)
+        raise UserError(f"Unknown category {shortened(args.category)}; T2I-CompBench has {known} (or: all).")
     if args.category != "all":
         sources = {args.category: (args.prompts, args.out)}
     else:

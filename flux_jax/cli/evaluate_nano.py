@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flux_jax.cli.arguments import expanded
+from flux_jax.cli.main import path
 from flux_jax.cli.sampling_arguments import add_sampling, same_sampling
 from flux_jax.errors import UserError
 from flux_jax.evaluate.models import Variant
@@ -34,10 +36,12 @@ def add_command(commands) -> None:
     count = EVALUATION_COUNT
     parser = commands.add_parser("nano", help=f"FLUX-nano on {count} held-out captions, judged by its oracle")
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder for pictures, verdicts.jsonl and summary.json")
-    add("--model", nargs="+", default=["nano"], help="checkpoint or alias, with options: nano@dtype=float32 (nano)")
+    add("--out", type=path, required=True, help="folder for pictures, verdicts.jsonl and summary.json")
+    named = "checkpoint or alias, with options: nano@dtype=float32 (nano)"
+    add("--model", nargs="+", type=expanded, default=["nano"], help=named)
     add_sampling(parser, steps=28, model=False)
-    add("--against", metavar="MODEL", help="one more model: the same captions and seeds, and the differences to it")
+    other = "one more model: the same captions and seeds, and the differences to it"
+    add("--against", type=expanded, metavar="MODEL", help=other)
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="of a model that has no @dtype= of its own")
     add("--seed", type=int, default=0, help="picture i has seed SEED + i (default: %(default)s)")
     add("--every", type=int, default=1, help=f"only each N-th caption (default: all {count})")
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
         with entry.variant.tracing():
             result = nano.evaluate(entry.variant.load(), entry.out, seed=args.seed, every=args.every, **sampling)
         reports.append({"model": entry.variant.label()} | result)
-        verdicts.append([json.loads(line) for line in (entry.out / "verdicts.jsonl").read_text().splitlines()])
+        verdicts.append(nano.verdicts(entry.out))
         say(f"{entry.variant}\n{nano.table(result)}")
     if args.against is None:
         return reports[0]

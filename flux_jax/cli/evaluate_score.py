@@ -6,9 +6,9 @@ In: NAME=PATH of what an evaluator wrote, for each system. Out: the tables on st
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from flux_jax.cli.main import path
 from flux_jax.errors import UserError
 from flux_jax.evaluate import results
 from flux_jax.evaluate.scoring import Measured, differences, estimates, page
@@ -30,10 +30,10 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Reads, prints the tables unless --json will print the report, and returns it."""
     found: dict[str, list[Measured]] = {}
     for argument in args.measured:
-        name, separator, path = argument.partition("=")
-        if not separator or not name or not path:
+        name, separator, place = argument.partition("=")
+        if not separator or not name or not place:
             raise UserError(f"{argument}: say what to call it, as in ours={argument}.")
-        benchmark, measured = results.read(Path(path), name)
+        benchmark, measured = results.read(path(place), name)
         if any(other.name == name for other in found.get(benchmark, ())):
             raise UserError(f"{name} is named twice in {benchmark}; give each its own name.")
         found.setdefault(benchmark, []).append(measured)

@@ -19,6 +19,7 @@ from flux_jax.compare import metrics
 from flux_jax.compare.drawing import ComparisonTask
 from flux_jax.io import atomic
 from flux_jax.io.contact_sheet import sheet, stacked
+from flux_jax.io.pictures import read_picture
 
 LARGE = 512  # pixels: from there on the page holds pictures as WebP, which is a tenth of the size
 GRID_COLUMNS, GRID_PICTURES, GRID_EDGE = 6, 24, 320  # prompts in a row, in all, pixels of a picture's longer edge
@@ -44,8 +45,10 @@ def page(out: Path, tasks: Sequence[ComparisonTask], rows: Sequence[dict[str, An
 
     template = importlib.resources.files("flux_jax.compare").joinpath("page.html.j2").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    size = read_picture(tasks[0].picture("a", out)).size
     cards = [
-        row | {side: data_uri(task.picture(side, out)) for side in "ab"} for task, row in zip(tasks, rows, strict=True)
+        row | {side: data_uri(read_picture(task.picture(side, out), size)) for side in "ab"}
+        for task, row in zip(tasks, rows, strict=True)
     ]
     cards.sort(key=lambda card: float("inf") if card["psnr"] is None else card["psnr"])
     return environment.from_string(template).render(
@@ -58,10 +61,8 @@ def page(out: Path, tasks: Sequence[ComparisonTask], rows: Sequence[dict[str, An
     )
 
 
-def data_uri(path: Path) -> str:
+def data_uri(image: Image.Image) -> str:
     """The picture as text for the page: PNG to the last bit while it is small, else WebP at quality 90."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
     buffer = io.BytesIO()
     if max(image.size) < LARGE:
         image.save(buffer, format="png")
@@ -98,14 +99,13 @@ def curve(summary: dict[str, Any]) -> bytes:
 def grid(out: Path, tasks: Sequence[ComparisonTask], a: str, b: str) -> Image.Image:
     """The first prompts' pictures, the first model's above the second's, captions below."""
     shown = tasks[:GRID_PICTURES]
-    with Image.open(shown[0].picture("a", out)) as file:
-        scale = min(1.0, GRID_EDGE / max(file.size))
-        size = round(file.width * scale), round(file.height * scale)
+    first = read_picture(shown[0].picture("a", out))
+    scale = min(1.0, GRID_EDGE / max(first.size))
+    size = max(1, round(first.width * scale)), max(1, round(first.height * scale))
     pairs = [stacked([_thumbnail(task.picture(side, out), size) for side in "ab"]) for task in shown]
     labels = ["\n".join(re.split("[@,]", name)) for name in (a, b)]  # an option a line
     return sheet(pairs, [task.prompt for task in shown], min(GRID_COLUMNS, len(shown)), labels)
 
 
 def _thumbnail(path: Path, size: tuple[int, int]) -> Image.Image:
-    with Image.open(path) as file:
-        return file.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    return read_picture(path).resize(size, Image.Resampling.LANCZOS)

@@ -10,6 +10,7 @@ The loss is the squared error over the energy of what the teacher's block adds, 
 and image each; it means the same at every depth. Behind the last block only the image counts: its text goes nowhere.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -132,7 +133,8 @@ class Blockwise:
                     self._propagate_student(k, graph)
                 for who in MODELS:
                     memmap_store.remove(self.states(who, k))
-        memmap_store.remove(self.folder / "states")
+        for folder in ("training", "states"):
+            memmap_store.remove(self.folder / folder)
 
     def _first(self) -> int:
         """The block to begin or go on with: the last whose states are there in both models. Those of block k go when
@@ -161,32 +163,34 @@ class Blockwise:
         work, count = self.work, self.options.block_points
         transformer = work.load_teacher()
         tokens = work.grid[0] * work.grid[1] + work.text_tokens
-        writers = [memmap_store.MemmapWriter(self.states(who, 0), {"x": self._layout(tokens)}) for who in MODELS]
         shape, dtype = self._layout(1)
-        vectors = memmap_store.MemmapWriter(self.vectors, {"vec": ((shape[0], shape[2]), dtype)})
+        stores = [(self.vectors, {"vec": ((shape[0], shape[2]), dtype)})]
+        stores += [(self.states(who, 0), {"x": self._layout(tokens)}) for who in MODELS]
         rows, steps = self.trajectories.draw(self.options.seed, 0, 0, count, None)
         guidance = meshes.put(np.float32(work.guidance), meshes.whole(work.mesh))
-        for part in self._chunks():
-            points = self.trajectories.points(rows[part], steps[part])
-            x, text, pooled = (self._put(points[name].astype(work.dtype)) for name in ("x", "text", "pooled"))
-            states, vec = meshes.fetch(enter(transformer, x, self._put(points["t"]), guidance, text, pooled))
-            taken = len(points["t"])
-            for writer in writers:
-                writer.write(part.start, {"x": states[:taken]})
-            vectors.write(part.start, {"vec": vec[:taken]})
-        for writer in (vectors, *writers):
-            writer.finish()
+        with contextlib.ExitStack() as held:
+            vectors, *writers = [held.enter_context(memmap_store.StoreWriter(*store)) for store in stores]
+            for part in self._chunks():
+                points = self.trajectories.points(rows[part], steps[part])
+                x, text, pooled = (self._put(points[name].astype(work.dtype)) for name in ("x", "text", "pooled"))
+                states, vec = meshes.fetch(enter(transformer, x, self._put(points["t"]), guidance, text, pooled))
+                taken = len(points["t"])
+                for writer in writers:
+                    writer.write(part.start, {"x": states[:taken]})
+                vectors.write(part.start, {"vec": vec[:taken]})
+            for writer in (vectors, *writers):
+                writer.finish()
 
     def _propagate(self, who: str, index: int, block: Callable[[Any, Any, Any], jax.Array]) -> None:
         """States in front of block index + 1: block(x, vec, rope) of those in front of block `index`."""
         if self.states(who, index + 1).exists():
             return
         x, vec = memmap_store.open_store(self.states(who, index))["x"], memmap_store.open_store(self.vectors)["vec"]
-        writer = memmap_store.MemmapWriter(self.states(who, index + 1), {"x": (x.shape, x.dtype)})
-        for part in self._chunks():
-            y = meshes.fetch(block(self._put(x[part]), self._put(vec[part]), self.rope))
-            writer.write(part.start, {"x": y[: len(x[part])]})
-        writer.finish()
+        with memmap_store.StoreWriter(self.states(who, index + 1), {"x": (x.shape, x.dtype)}) as writer:
+            for part in self._chunks():
+                y = meshes.fetch(block(self._put(x[part]), self._put(vec[part]), self.rope))
+                writer.write(part.start, {"x": y[: len(x[part])]})
+            writer.finish()
 
     def _propagate_teacher(self, k: int) -> None:
         block = self.work.load_block(self.work.blocks[k], self.work.dtype)

@@ -5,6 +5,7 @@ all, and the run's folder `OUT.run`: trajectories, training states, `metrics.jso
 any moment, the same call goes on, and ends with the same checkpoint.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,22 @@ from typing import Any
 import jax
 
 from flux_jax.checkpoints import checkpoint
+from flux_jax.checkpoints.writer import no_checkpoint
 from flux_jax.distill import end_to_end, export
 from flux_jax.distill.blockwise import Blockwise
 from flux_jax.distill.options import Options
-from flux_jax.distill.run_context import RunContext, teacher_digest
+from flux_jax.distill.run_context import RunContext, lasting, teacher_digest
 from flux_jax.distill.trajectories import load_or_make
 from flux_jax.errors import UserError
 from flux_jax.io import atomic, prompts
 from flux_jax.training import mesh as meshes
 
+ABOUT = ("phases", "options", "prompts", "held_out_loss", "held_out_relative", "teacher")  # a run tells in a manifest
+
 
 def prepare(teacher: str | Path, folder: Path, texts: Sequence[str], options: Options, mesh: str | None) -> RunContext:
-    """The workspace in `folder`, after every check that can be made before computing. UserError for what cannot be."""
+    """A run in `folder`, to `begin`, after every check that can be made before anything is written. UserError for what
+    cannot be done."""
     stored = checkpoint.Checkpoint.open(teacher)
     if stored.manifest["quantization"] is not None:
         raise UserError(f"{teacher} is ternary already: distil from the checkpoint that it was made from.")
@@ -37,9 +42,8 @@ def prepare(teacher: str | Path, folder: Path, texts: Sequence[str], options: Op
         if not found:
             raise UserError(f"None of the {different} different prompts is {kind}: give more.")
     batches = {"batch": options.batch // options.accumulate, "block_batch": options.block_batch}
-    atomic.check_writable(folder / "run.json")
     work = RunContext(folder, stored, options, meshes.make(mesh, batches), training, held_out)
-    work.begin()
+    work.check_size()
     return work
 
 
@@ -95,19 +99,41 @@ def distill(
     mesh: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Makes the checkpoint `out`; returns what its manifest says about it. UserError for what cannot be done.
+    """Makes the checkpoint `out`; returns what its manifest says about it, also where `out` is this very run's student
+    already: it was killed, perhaps, before it could say so. UserError for what cannot be done.
 
     Several processes train and stop there, because Orbax saves with all processes or none: a call in a single one then
     finds everything learned, and writes the checkpoint."""
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already: choose another name, or give overwrite=True to replace it.")
+    atomic.check_writable(out, folder=True)
     if not options.modulation:
         raise UserError(
             "A checkpoint has all block linears ternary: float modulation is for bench.distill_ablation only."
         )
-    work = prepare(teacher, out.with_name(out.name + ".run"), texts, options, mesh)
-    _, params, about = train_student(work)
-    if jax.process_count() > 1:
-        return about
-    export.export(work, params, out, about, overwrite)
+    named = out if out.name not in ("", "..") else Path(os.path.abspath(out))
+    work = prepare(teacher, named.with_name(named.name + ".run"), texts, options, mesh)
+    with work.alone():
+        if not overwrite and (about := finished(work, out)):
+            return about
+        atomic.WholeFolder(out, overwrite=overwrite, ours=no_checkpoint).check()
+        work.begin()
+        _, params, about = train_student(work)
+        if jax.process_count() == 1:
+            export.export(work, params, out, about, overwrite)
     return about
+
+
+def finished(work: RunContext, out: Path) -> dict[str, Any] | None:
+    """What the manifest of `out` says of how it was made, where it is the student of just this run, whose folder is
+    still there; else None."""
+    if not (out.is_dir() and work.begun() == work.record):
+        return None
+    try:
+        about = checkpoint.Checkpoint.open(out).quantization or {}
+        made = {
+            "teacher": about["teacher"],
+            "prompts": about["prompts"]["sha256"],
+            "options": lasting(about["options"]),
+        }
+        return {key: about[key] for key in ABOUT} if made == work.record else None
+    except (UserError, LookupError, TypeError, AttributeError):  # something else has that name
+        return None

@@ -1,15 +1,15 @@
 """What every phase of a distillation shares: teacher, options, devices, and the run's folder.
 
 In: a teacher's checkpoint, options, prompts, a mesh. Out: `RunContext`, whose `begin` refuses a folder of another run,
-one that cannot be written and a disk too small, before anything is computed.
+one that cannot be written and a disk too small, before anything is computed; `alone` keeps a second process out.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,8 @@ from flux_jax import validation
 from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.config import FluxConfig
 from flux_jax.distill.options import Options
-from flux_jax.errors import UserError
-from flux_jax.io import prompts
-from flux_jax.io.atomic import write_whole
+from flux_jax.errors import UserError, shortened
+from flux_jax.io import atomic, prompts, reading
 from flux_jax.models.params import abstract_component, assemble
 from flux_jax.models.transformer import Transformer
 from flux_jax.runtime.environment import resolve_dtype
@@ -129,46 +128,49 @@ class RunContext:
 
         return assemble(one, read, dtype=dtype, sharding=lambda path, shape: meshes.parameter(self.mesh, shape))
 
-    def begin(self) -> None:
-        """Makes or takes up the folder. UserError where it cannot be used."""
-        self._check_size()
-        record = {
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What tells this run from others: a folder holds one run's files alone."""
+        return {
             "teacher": teacher_digest(self.teacher),
             "prompts": prompts.digest(self.training + self.held_out),
-            "options": {k: v for k, v in self.options.to_json().items() if k not in SPEED_ONLY},
+            "options": lasting(self.options.to_json()),
         }
-        path = self.folder / RECORD
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found != record:
-                which = [key for key in record if found.get(key) != record[key]]
-                changed = [k for k in record["options"] if found.get("options", {}).get(k) != record["options"][k]]
-                before = [f'{k}="{found.get("options", {}).get(k)}"' for k in changed]
-                what = ", ".join(before) or f"another {' and '.join(which)}"
-                raise UserError(
-                    f"{self.folder} holds a run that was begun with {what}: give the same again, or delete it."
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is no folder of a distillation, and not empty: choose another name.")
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """`flux_jax.io.atomic.alone`, for the leading process."""
+        return atomic.alone(self.folder) if jax.process_index() == 0 else contextlib.nullcontext()
+
+    def begin(self) -> None:
+        """Makes or takes up the folder. UserError where it cannot be used."""
+        found = self.begun()
+        if found is None:
+            if self.folder.exists() and any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
+                raise UserError(f"{self.folder} is no folder of a distillation, and not empty: choose another name.")
+        elif found != self.record:
+            options, before = self.record["options"], found.get("options")
+            before = before if isinstance(before, dict) else {}
+            which = [key for key in self.record if found.get(key) != self.record[key]]
+            changed = [f'{k}="{shortened(before.get(k), quote=False)}"' for k in options if before.get(k) != options[k]]
+            what = ", ".join(changed) or f"another {' and '.join(which)}"
+            raise UserError(f"{self.folder} holds a run that was begun with {what}: give the same again, or delete it.")
         meshes.barrier("record read")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"Cannot write {self.folder}: {error.strerror or error}.") from error
-        if not os.access(self.folder, os.W_OK):
-            raise UserError(f"Cannot write {self.folder}: no permission.")
-        needed, free = self.bytes_needed(), shutil.disk_usage(self.folder).free
-        have = sum(file.stat().st_size for file in self.folder.rglob("*.bin"))
-        if needed - have > free:
-            raise UserError(
-                f"{self.folder} needs about {(needed - have) / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free: "
-                "free some, or make fewer trajectories and block_points."
-            )
         if jax.process_index() == 0:
-            write_whole(path, (json.dumps(record, indent=1) + "\n").encode(), overwrite=True)
+            there = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+            remedy = "free some space, or make fewer trajectories and block_points"
+            atomic.check_space(self.folder, self.bytes_needed() - there, remedy)
+            text = json.dumps(self.record, indent=1) + "\n"
+            atomic.write_whole(self.folder / RECORD, text.encode(), overwrite=True)
         meshes.barrier("record written")
 
-    def _check_size(self) -> None:
+    def begun(self) -> dict[str, Any] | None:
+        """The record in the folder; None where no run has begun. UserError where it cannot be read."""
+        if not (self.folder / RECORD).exists():
+            return None
+        return reading.read_object(self.folder / RECORD, remedy=f"delete {self.folder} to begin anew")
+
+    def check_size(self) -> None:
+        """UserError for pictures, steps or a guidance that the model does not have."""
         defaults, options = self.config.sampling, self.options
         height, width = options.height or defaults.height, options.width or defaults.width
         validation.fit_size(self.config, height, width, strict=True)
@@ -193,6 +195,11 @@ class RunContext:
         if "end_to_end" in options.phase_list:
             total += 3 * 16 * weights  # Orbax keeps two checkpoints, and writes the third
         return total + weights
+
+
+def lasting(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a run keeps when it goes on."""
+    return {name: value for name, value in options.items() if name not in SPEED_ONLY}
 
 
 def teacher_digest(teacher: Checkpoint) -> str:

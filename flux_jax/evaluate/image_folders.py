@@ -2,11 +2,12 @@
 
 In: `Picture`s and a way to load a pipeline. Out: PNG files that hold their own record, sidecars, and `run.json`, which
 says what all of them were made with; another run may only add to the same. A picture appears whole or not at all, and
-one that is there is not made again.
+one that is there is not made again. What killed runs leave unfinished, `flux_jax.io.atomic.sweep` removes: evaluators
+would stumble over it.
 """
 
-import contextlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from flux_jax.errors import UserError
 from flux_jax.evaluate.benchmarks import Picture
-from flux_jax.io import atomic, png
+from flux_jax.io import atomic, png, reading
 
 RUN = "run.json"
 
@@ -25,16 +26,18 @@ RUN = "run.json"
 def stamp(out: Path, settings: dict[str, Any]) -> None:
     """Writes `out`/run.json, or makes sure that what is there was made with the same settings: UserError if not, or if
     there are other files and no run.json."""
-    path = out / RUN
+    atomic.check_writable(path := out / RUN)
     if not path.exists():
         if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise UserError(
                 f"{out} holds files but no {RUN}: it is not of this program's making; choose another folder."
             )
-        with contextlib.suppress(UserError):  # another shard may have been quicker: what it wrote is compared below
+        try:
             atomic.write_whole(path, (json.dumps(settings, indent=2) + "\n").encode(), overwrite=False)
             return
-        atomic.check_writable(path)
+        except UserError:  # another shard may have been quicker: what it wrote is compared below
+            if not path.exists():
+                raise
     there = read_run(out)
     differing = [key for key in {**there, **settings} if there.get(key) != settings.get(key)]
     if differing:
@@ -43,17 +46,15 @@ def stamp(out: Path, settings: dict[str, Any]) -> None:
 
 def read_run(out: Path) -> dict[str, Any]:
     """The settings in `out`/run.json; UserError where it cannot be read."""
-    try:
-        settings = json.loads((out / RUN).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {out / RUN}: {error}.") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{out / RUN} does not hold a JSON object.")
-    return settings
+    return reading.read_object(out / RUN, remedy="choose another folder")
 
 
 def missing(pictures: Iterable[Picture], out: Path) -> list[Picture]:
-    return [picture for picture in pictures if not (out / picture.path).exists()]
+    """Those that are not there. UserError where one could not be written, before anything is drawn."""
+    wanted = [picture for picture in pictures if not os.path.exists(out / picture.path)]
+    for picture in wanted:
+        atomic.check_writable(out / picture.path)
+    return wanted
 
 
 def make(
@@ -81,8 +82,7 @@ def make(
             if (out / picture.path).exists():  # another machine may have made it meanwhile
                 return False
             image = here.draw(picture)
-            write(picture, image, out, record(picture, image))
-            return True
+            return write(picture, image, out, record(picture, image))
         except BaseException:
             stopped.set()
             raise
@@ -100,17 +100,15 @@ def make(
                 stopped.set()
 
 
-def write(picture: Picture, image: Any, out: Path, record: dict[str, Any]) -> None:
-    """The sidecar first, then the picture: where a picture is, its metadata are."""
+def write(picture: Picture, image: Any, out: Path, record: dict[str, Any]) -> bool:
+    """The sidecar first, then the picture: where a picture is, its metadata are. Whether it was not there already:
+    another machine may have been quicker."""
     if picture.sidecar_path and not (out / picture.sidecar_path).exists():
         atomic.write_whole(out / picture.sidecar_path, json.dumps(picture.sidecar).encode(), overwrite=True)
-    png.write_png(out / picture.path, image, record)
-
-
-def sweep(pictures: Iterable[Picture], out: Path) -> None:
-    """Removes what killed runs left of unfinished files beside the pictures, once none of them is missing."""
-    pictures = list(pictures)
-    if not missing(pictures, out):
-        for folder in {(out / picture.path).parent for picture in pictures} | {out}:
-            for leftover in folder.glob(".flux-*.part"):
-                leftover.unlink(missing_ok=True)
+    try:
+        png.write_png(out / picture.path, image, record)
+    except UserError:
+        if not (out / picture.path).exists():
+            raise
+        return False
+    return True

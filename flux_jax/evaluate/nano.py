@@ -19,10 +19,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from flux_jax.evaluate.statistics import Estimate, average, wilson
-from flux_jax.io import atomic
+from flux_jax.io import atomic, reading
 from flux_jax.io.contact_sheet import Judged, judged_sheet
+from flux_jax.io.pictures import read_picture
 from flux_jax.nano.captions import EVALUATION, Caption, evaluation_captions
 from flux_jax.nano.oracle import Verdict, score
+
+VERDICTS = "verdicts.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +51,15 @@ def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int =
     pipe: a `FluxPipeline`, or what is called like one. sampling: its further arguments, such as guidance_scale.
     """
     planned, seconds = tasks(seed, every), {"draw": 0.0, "judge": 0.0}
+    atomic.check_writable(out / VERDICTS)
     rows = []
     for task in tqdm(planned, desc="evaluate", mininterval=2):
         start, path = time.perf_counter(), task.path(out)
         if not path.exists():
             picture = pipe(task.caption.text, seed=task.seed, **sampling).images[0]
-            atomic.write_whole(path, png(picture), overwrite=False)
+            atomic.write_whole(path, png(picture), overwrite=True)  # two at once draw the same
         drawn = time.perf_counter()
-        with Image.open(path) as file:
-            verdict = score(np.asarray(file.convert("RGB")), task.caption)
+        verdict = score(np.asarray(read_picture(path)), task.caption)
         rows.append(row(task, verdict))
         seconds["draw"] += drawn - start
         seconds["judge"] += time.perf_counter() - drawn
@@ -65,10 +68,17 @@ def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int =
         "sampling": sampling,
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
     }
-    atomic.write_whole(out / "verdicts.jsonl", lines(rows), overwrite=True)
+    atomic.write_whole(out / VERDICTS, lines(rows), overwrite=True)
     atomic.write_whole(out / "summary.json", lines([result]), overwrite=True)
     atomic.write_whole(out / "sheet.png", png(overview(planned, rows, out)), overwrite=True)
+    atomic.sweep(out)
     return result
+
+
+def verdicts(out: Path) -> list[dict[str, Any]]:
+    """The rows that `evaluate` wrote."""
+    where = out / VERDICTS
+    return [reading.parse_json(line, str(where)) for line in reading.read_text(where, most=reading.LARGE).splitlines()]
 
 
 def overview(planned: list[CaptionTask], rows: list[dict[str, Any]], out: Path, columns: int = 8) -> Image.Image:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from flux_jax.io.pictures import read_picture
+
 RIGHT, WRONG = (40, 160, 70), (215, 35, 40)  # colours of frames
 GAP, FRAME = 6, 3  # pixels between pictures, and of a frame
 LINES, LINE_HEIGHT = 3, 12  # of captions: lines, pixels a line
@@ -30,8 +32,7 @@ def judged_sheet(entries: Sequence[Judged], columns: int) -> Image.Image:
     """A sheet of files; a frame is green where the picture is right, red where it is not."""
     pictures = []
     for entry in entries:
-        with Image.open(entry.path) as file:
-            pictures.append(framed(file.convert("RGB"), RIGHT if entry.right else WRONG))
+        pictures.append(framed(read_picture(entry.path), RIGHT if entry.right else WRONG))
     return sheet(pictures, [entry.caption for entry in entries], columns)
 
 

@@ -16,7 +16,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from flux_jax.checkpoints.silence import silenced
 from flux_jax.errors import UserError
+from flux_jax.io import atomic
+from flux_jax.runtime import memory
 from flux_jax.training.metrics import Metrics
 
 PLOT_SECONDS = 60  # between curves, which take half a second each
@@ -26,25 +29,35 @@ Batches = Callable[[int, Any], Any]
 
 def last_checkpoint(folder: Path, state: Any) -> tuple[Any, int]:
     """(state, step) as a training in `folder` saved them last, each array placed as in `state`; (state, 0) where none
-    has saved."""
+    has saved. UserError where that is damaged."""
     if not (folder / "checkpoints").exists():
         return state, 0
     with _checkpointer(folder) as checkpoints:
-        return _restore(checkpoints, state)
+        return _restore(checkpoints, folder, state)
 
 
 def _checkpointer(folder: Path, **options: Any) -> Any:
     from orbax.checkpoint import v1 as ocp
 
     last_two = ocp.training.preservation_policies.LatestN(2)
-    return ocp.training.Checkpointer((folder / "checkpoints").absolute(), preservation_policy=last_two, **options)
+    with silenced():
+        return ocp.training.Checkpointer((folder / "checkpoints").absolute(), preservation_policy=last_two, **options)
 
 
-def _restore(checkpoints: Any, state: Any) -> tuple[Any, int]:
+def _restore(checkpoints: Any, folder: Path, state: Any) -> tuple[Any, int]:
     if not (latest := checkpoints.latest):
         return state, 0
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    return checkpoints.load(latest, abstract), latest.step
+    try:
+        with silenced():
+            return checkpoints.load(latest, abstract), latest.step
+    except Exception as error:  # Orbax and TensorStore raise many kinds, and few that say what is wrong
+        if memory.is_exhausted(error):
+            raise
+        raise UserError(
+            f"{folder / 'checkpoints' / str(latest.step)} is damaged, or of another training: delete it and "
+            "run the training again, which goes on from the checkpoint before."
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +76,10 @@ class Trainer:
     def run(self, state: Any, update: Update, batches: Batches, steps: int, stops: Container[int] = ()) -> Any:
         """The state after `steps` steps; `state` is the one before the first, and may be donated. stops: steps before
         which there is always a checkpoint, for batches that depend on the state. UserError at the first line with too
-        many bad steps."""
+        many bad steps, where a checkpoint is damaged, and where none can be written."""
+        atomic.check_writable(self.folder / "checkpoints", folder=True)
         with _checkpointer(self.folder, cleanup_tmp_directories=True) as checkpoints:
-            state, step = _restore(checkpoints, state)
+            state, step = _restore(checkpoints, self.folder, state)
             self.metrics.forget_after(self.phase, step)
             recent, start, plotted = [], time.perf_counter(), time.perf_counter()
             hidden = jax.process_index() > 0

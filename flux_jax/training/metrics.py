@@ -4,6 +4,7 @@ In: numbers by phase and step. Out: `FOLDER/metrics.jsonl` and, where matplotlib
 training that goes on after a kill writes the lines behind its last checkpoint again. Only the leading process writes.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -13,8 +14,12 @@ from typing import Any
 
 import jax
 
-from flux_jax.io.atomic import write_whole
+from flux_jax.errors import UserError
+from flux_jax.io import reading
+from flux_jax.io.atomic import cannot_write, write_whole
+from flux_jax.io.fields import Types, wrong_fields
 
+NEEDED: Types = {"phase": str, "step": int}  # of a line
 LEGEND = 12  # curves of a panel that have a legend; of more it would hide them
 
 
@@ -25,13 +30,15 @@ class Metrics:
         self.path, self.curve = folder / "metrics.jsonl", folder / "curve.png"
 
     def rows(self) -> list[dict[str, Any]]:
-        """All lines; half a line, left by a kill, is none."""
+        """All lines. Half a line, left by a kill, is none, and so is what is no line of ours: a training does not end
+        for the sake of its metrics."""
+        if not self.path.exists():
+            return []
         rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
+        for line in reading.read_bytes(self.path, most=reading.LARGE).splitlines():
+            with contextlib.suppress(UserError):
+                if isinstance(row := reading.parse_json(line, str(self.path)), dict) and not wrong_fields(row, NEEDED):
+                    rows.append(row)
         return rows
 
     def forget_after(self, phase: str, step: int) -> None:
@@ -45,8 +52,12 @@ class Metrics:
         if jax.process_index() == 0:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
             stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            with self.path.open("a") as stream:
-                stream.write(json.dumps(clean | {"time": stamp}) + "\n")
+            line = json.dumps(clean | {"time": stamp}) + "\n"
+            try:
+                with self.path.open("a") as stream:  # not whole by a rename: see `rows`
+                    stream.write(line)
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
 
     def plot(self) -> None:
         """Losses over steps, or over `after` where lines have that: a panel for each kind of phase."""
@@ -56,7 +67,7 @@ class Metrics:
             return
         curves: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows():
-            if row.get("loss") is not None:
+            if isinstance(row.get("loss"), int | float):
                 curves.setdefault(row["phase"], []).append(row)
         panels = list(dict.fromkeys(phase.split()[0] for phase in curves))
         if jax.process_index() > 0 or not panels:
@@ -64,7 +75,7 @@ class Metrics:
         figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             shown = {phase: rows for phase, rows in curves.items() if phase.split()[0] == panel}
-            over = "after" if any("after" in rows[0] for rows in shown.values()) else "step"
+            over = "after" if all("after" in row for rows in shown.values() for row in rows) else "step"
             for phase, rows in shown.items():
                 places, losses = [row[over] for row in rows], [row["loss"] for row in rows]
                 axes.plot(places, losses, marker="o" * (over == "after"), label=phase.removeprefix(f"{panel} "))

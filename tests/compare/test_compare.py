@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -16,7 +17,11 @@ from PIL import Image
 from flux_jax.checkpoints import writer
 from flux_jax.cli.compare import main
 from flux_jax.compare import clip, drawing, lpips, metrics, report
+from flux_jax.errors import UserError
 from flux_jax.evaluate import nano
+from flux_jax.evaluate.models import Variant
+from flux_jax.io import atomic
+from flux_jax.io.pictures import read_picture
 from flux_jax.sampling.pipeline import FluxPipeline
 from pallas_kernels import LAYOUT_VERSION
 
@@ -138,6 +143,63 @@ def test_comparison_of_two_models(models, prompts, tmp_path, capsys, snapshot_me
     snapshot_message(capsys.readouterr().err, out, "sampling")
 
 
+DAMAGE = [
+    ("a/00001.png", lambda path: path.write_bytes(path.read_bytes()[:99])),
+    ("b/00001.png", lambda path: path.write_text("<html>")),
+    ("b/00001.png", lambda path: Image.new("RGB", (8, 8)).save(path)),
+    ("b/00001.json", lambda path: path.write_text("[]")),
+    ("b/00001.json", lambda path: path.write_text(path.read_text().replace("psnr", "other"))),
+    ("b/00001.json", lambda path: path.write_text(path.read_text().replace('errors": [', 'errors": [0, '))),
+    ("b/00001.json", lambda path: shutil.copy(path.with_name("00000.json"), path)),
+]
+
+
+def test_what_was_damaged_or_replaced_is_named_and_made_again_once_it_is_deleted(drawn, tmp_path, monkeypatch):
+    tasks, rows, sampling = drawn
+    for task, row in zip(tasks, rows, strict=True):
+        task.result(tmp_path).write_text(json.dumps(row))
+    about = {"a": "one", "b": "two", "models": {}, "sampling": sampling, "networks": []}
+
+    def again():
+        report.write(tmp_path, tasks, drawing.run(tasks, Variant("one"), Variant("two"), sampling, tmp_path), about)
+
+    asked = []
+    monkeypatch.setattr(drawing, "_draw", lambda tasks, *_: asked.append([task.index for task in tasks]) or [])
+    for name, spoil in DAMAGE:
+        kept = (tmp_path / name).read_bytes()
+        spoil(tmp_path / name)
+        with pytest.raises(UserError, match=f"{tmp_path / name}.*delete it, and the same command makes it again"):
+            again()
+        assert asked.pop() == asked.pop() == []
+        (tmp_path / name).unlink()
+        with pytest.raises(UserError, match=f"{tmp_path / name}: No such file"):
+            again()
+        assert asked.pop() == asked.pop() == [1]
+        (tmp_path / name).write_bytes(kept)
+    again()
+
+
+def test_latents_that_wait_are_data_alone(tmp_path):
+    latents = np.zeros((2, 3, 4), np.float32)
+    for damage in (b"", b"PK\x03\x04", pickle.dumps(latents)):
+        (tmp_path / "x.npy").write_bytes(damage)
+        with pytest.raises(UserError, match="not what was written; delete it"):
+            drawing.read_latents(tmp_path / "x.npy", latents)
+    for other in (latents[:1], latents.astype(np.float64), np.array([None], object)):
+        np.save(tmp_path / "x.npy", other)
+        with pytest.raises(UserError, match="not what was written; delete it"):
+            drawing.read_latents(tmp_path / "x.npy", latents)
+    np.save(tmp_path / "x.npy", latents)
+    np.testing.assert_array_equal(drawing.read_latents(tmp_path / "x.npy", latents), latents)
+
+
+def test_two_comparisons_in_one_folder_are_one_too_many(models, prompts, tmp_path, capsys):
+    with atomic.alone(tmp_path / "out"):
+        assert run(models["one"], models["other"], prompts, tmp_path / "out") == 2
+    assert f"{tmp_path / 'out'} is being written by another process" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_prompts_flux_nanos_captions_are_drawn(models, tmp_path, monkeypatch, capsys):
     """With the seeds that its own evaluation draws them with, so that both show the same pictures."""
     seen = []
@@ -182,7 +244,7 @@ def test_networks_judge_finished_pictures(models, prompts, tmp_path, capsys):
     assert found["networks"] == ["CLIP score by tiny-clip", "LPIPS by alex.safetensors"]
     texts = [row["prompt"] for row in found["pictures"]]
     by_clip, by_lpips = clip.judge(folder, texts)(), lpips.judge(file, 32, 64)()
-    pair = [drawing.pixels(out / side / "00002.png") for side in "ab"]
+    pair = [np.asarray(read_picture(out / side / "00002.png")) for side in "ab"]
     for name, value in (by_clip(2, *pair) | by_lpips(2, *pair)).items():
         assert found["pictures"][2][name] == pytest.approx(value, rel=1e-5)
     rows = [{key: value for key, value in row.items() if key in plain["pictures"][0]} for row in found["pictures"]]
@@ -239,8 +301,8 @@ def test_wrong_judges_are_named_before_anything_is_drawn(
 
 
 @pytest.fixture
-def page(tmp_path):
-    """A page of three pictures of known distances: far, identical, near."""
+def drawn(tmp_path):
+    """Three pictures of known distances: far, identical, near. (tasks, rows, sampling)"""
     tasks, rows = (
         [drawing.ComparisonTask(i, prompt, i) for i, prompt in enumerate((HOSTILE, "a blue square", "a cross"))],
         [],
@@ -251,9 +313,14 @@ def page(tmp_path):
             path = task.picture(side, tmp_path)
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(shown + np.uint8(value)).save(path)
-        row = metrics.picture_metrics(*(drawing.pixels(task.picture(side, tmp_path)) for side in "ab"))
+        row = metrics.picture_metrics(*drawing.pair(task, tmp_path))
         rows.append({"index": task.index, "prompt": task.prompt, "seed": task.seed, "latent_errors": [0.1, 0.2]} | row)
-    sampling = {"num_inference_steps": 2, "guidance_scale": 3.5, "width": 64, "height": 40}
+    return tasks, rows, {"num_inference_steps": 2, "guidance_scale": 3.5, "width": 64, "height": 40}
+
+
+@pytest.fixture
+def page(drawn, tmp_path):
+    tasks, rows, sampling = drawn
     report.write(
         tmp_path, tasks, rows, {"a": "one", "b": "two@kernel=xla", "models": {}, "sampling": sampling, "networks": []}
     )

@@ -6,9 +6,11 @@ import dataclasses
 import errno
 import io
 import json
+import os
 import socket
 from pathlib import Path
 
+import crash_windows
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -305,8 +307,85 @@ def refused(folder, out, texts, says, **options):
     with pytest.raises(UserError, match=says) as caught:
         prepare(
             options.pop("teacher", folder / "teacher"), out, texts, dataclasses.replace(tiny.OPTIONS, **options), None
-        )
+        ).begin()
     assert "\n" not in str(caught.value) and caught.value.exit_code in (2, 3)
+
+
+def test_a_run_is_one_processs_alone_and_clears_what_a_killed_one_left(folder, tmp_path, capsys):
+    out, run = tmp_path / "deep" / "out", tmp_path / "deep" / "out.run"
+    work = prepare(folder / "teacher", run, tiny.PROMPTS, tiny.OPTIONS, None)
+    with work.alone():
+        work.begin()
+        command = [str(folder / "teacher"), str(out), "--prompts", str(folder / "prompts.txt")]
+        assert main([*command, *tiny.flags(tiny.OPTIONS)]) == 2
+        assert f"{run} is being written by another process" in (error := capsys.readouterr().err)
+        assert len(error.splitlines()) == 1
+        (run / "trajectories" / ".000000.flux-partial").mkdir(parents=True)
+        (run / "trajectories" / ".000000.flux-lock").touch()
+    with work.alone():
+        assert [path.name for path in run.rglob(".*")] == [".all.flux-lock"]
+    (run / "run.json").write_text("[")
+    refused(folder, run, tiny.PROMPTS, "run.json: not valid JSON")
+    (run / "run.json").write_text('{"options": 3}')
+    refused(folder, run, tiny.PROMPTS, "begun with")
+    out.mkdir()
+    assert main([*command, *tiny.flags(tiny.OPTIONS), "--overwrite"]) == 2
+    assert f"{out} is not a checkpoint" in capsys.readouterr().err  # before hours of training
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out", "out.run"]
+
+
+@pytest.mark.slow
+def test_a_student_that_is_finished_is_told_of_again_and_only_by_its_own_run(folder, whole, monkeypatch, capsys):
+    """It was killed, perhaps, between the student's name and the last line."""
+
+    def update(*_):
+        raise AssertionError("trains again")
+
+    monkeypatch.setattr("flux_jax.distill.training.update", update)
+    assert main(words(folder, "whole")) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == whole.stdout.splitlines()[-1]
+    before = contents(whole.out)
+    assert main([*words(folder, "whole"), "--overwrite"]) == 0  # from the last training states
+    after = contents(whole.out)
+    assert before.keys() == after.keys() and before["manifest"] == after["manifest"]
+    record = folder / "whole.run" / "run.json"
+    kept = record.read_text()
+    for name in (record, whole.out / "flux_jax.json"):
+        text = name.read_text()
+        name.write_text(text.replace('"block_steps": 4', '"block_steps": 5'))
+        assert main(words(folder, "whole")) == 2
+        assert f"{whole.out} exists already" in capsys.readouterr().err
+        name.write_text(text)
+    record.unlink()
+    assert main(words(folder, "whole")) == 2
+    assert f"{whole.out} exists already" in capsys.readouterr().err
+    record.write_text(kept)
+
+
+class Distillation:
+    """A whole one, of the teacher in a folder that the environment names."""
+
+    @staticmethod
+    def before(folder: Path) -> None:
+        pass
+
+    @staticmethod
+    def work(folder: Path) -> None:
+        Metrics.plot = lambda self: None  # takes longer than the training
+        assert main(words(Path(os.environ["TINY_TEACHER"]), str(folder / "out"))) == 0
+
+    @staticmethod
+    def whole(folder: Path) -> str:
+        if not (folder / "out").exists():
+            return "nothing"
+        same_checkpoint(Path(os.environ["TINY_TEACHER"]) / "whole", folder / "out")
+        return "new"
+
+
+@pytest.mark.slow
+def test_killed_at_steps_from_beginning_to_end_it_ends_with_the_same_bits(folder, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINY_TEACHER", str(folder))
+    assert crash_windows.survive(__file__, "Distillation", tmp_path, every=61, timeout=1500) > 300
 
 
 def test_teachers_prompts_and_folders_that_will_not_do(folder, tmp_path, monkeypatch):
@@ -327,11 +406,12 @@ def test_teachers_prompts_and_folders_that_will_not_do(folder, tmp_path, monkeyp
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
     refused(folder, tmp_path / "other", tiny.PROMPTS, "no folder of a distillation")
-    refused(folder, run, tiny.PROMPTS, "GB free", trajectories=10**9)
-    prepare(folder / "teacher", run, tiny.PROMPTS, tiny.OPTIONS, None)
+    refused(folder, run, tiny.PROMPTS, "GB more than its disk has free", trajectories=10**9)
+    assert not run.exists()
+    prepare(folder / "teacher", run, tiny.PROMPTS, tiny.OPTIONS, None).begin()
     refused(folder, run, tiny.PROMPTS, 'begun with seed="0":', seed=1)
     refused(folder, run, tiny.PROMPTS[1:], "another prompts")
-    prepare(folder / "teacher", run, tiny.PROMPTS, dataclasses.replace(tiny.OPTIONS, save_every=3), None)
+    prepare(folder / "teacher", run, tiny.PROMPTS, dataclasses.replace(tiny.OPTIONS, save_every=3), None).begin()
 
 
 @pytest.mark.parametrize(

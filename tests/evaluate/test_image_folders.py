@@ -1,14 +1,13 @@
 """Runs that are killed go on, finished pictures are never made twice, other settings never mix."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
+import crash_windows
 import pytest
 from PIL import Image
 from tqdm import tqdm
@@ -16,8 +15,8 @@ from tqdm import tqdm
 from flux_jax.errors import UserError
 from flux_jax.evaluate import benchmarks, image_folders
 from flux_jax.evaluate.benchmarks import Prompt
+from flux_jax.io import atomic
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = [Prompt(i, f"prompt {i}", "", {"prompt": f"prompt {i}"}) for i in range(5)]
 PICTURES = benchmarks.folder_pictures(PROMPTS, 2)
 RECORD = {"steps": 1, "true_cfg": 1.0, "guidance": 1.0, "width": 4, "height": 4, "model": {"sha256": "", "name": ""},
@@ -77,40 +76,46 @@ def test_shards_and_devices_together_make_one_run(tmp_path):
     assert len(painter.drawn) == len(set(map(str, painter.drawn))) == 10
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, "tests/evaluate")
-import test_image_folders as t
-from flux_jax.io import atomic
-publish, count = atomic._publish_new, 0
-def dies(temporary, path):
-    global count
-    count += path.suffix == ".png"
-    if count == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    publish(temporary, path)
-atomic._publish_new = dies
-t.make(t.Painter(), Path(sys.argv[1]))
-"""
+class Folder:
+    """Ten pictures with their sidecars and `run.json`."""
+
+    SETTINGS: ClassVar = {"seed": 42}
+
+    @staticmethod
+    def before(folder: Path) -> None:
+        pass
+
+    @staticmethod
+    def work(folder: Path) -> None:
+        image_folders.stamp(folder / "out", Folder.SETTINGS)
+        before = len(list(folder.rglob("*.png")))
+        painter = Painter()
+        assert make(painter, folder / "out", devices=("one",)) == len(painter.drawn) == 10 - before
+        atomic.sweep(folder / "out")
+
+    @staticmethod
+    def whole(folder: Path) -> str:
+        for path in folder.rglob("*.png"):
+            assert (path.parents[1] / "metadata.jsonl").read_text().endswith("}")
+            with Image.open(path) as image:
+                assert image.getpixel((0, 0))[0] == 42 + int(path.stem)
+        return "new" if len(list(folder.rglob("*.png"))) == 10 else "nothing"
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    whole = {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*.png")}
-    assert len(whole) == 3
-    assert len(list(tmp_path.rglob(".flux-*.part"))) == 1  # the picture that was being written
-    for path in whole:
-        Image.open(path).load()
-    painter = Painter()
-    image_folders.sweep(PICTURES, tmp_path)  # not before all is there: another machine may be writing
-    assert list(tmp_path.rglob(".flux-*.part"))
-    assert make(painter, tmp_path) == len(painter.drawn) == 7
-    image_folders.sweep(PICTURES, tmp_path)
-    assert {path: os.stat(path).st_mtime_ns for path in whole} == whole
-    make(Painter(), reference := tmp_path.with_name(tmp_path.name + "-reference"))
-    assert files(tmp_path) == files(reference)
+    assert crash_windows.survive(__file__, "Folder", tmp_path, every=7) > 40
+
+
+def test_what_a_living_process_writes_is_not_swept(tmp_path):
+    path = tmp_path / "00000" / "samples" / "0000.png"
+    path.parent.mkdir(parents=True)
+    for name in ("0000", "0001"):
+        path.with_name(f".{name}.png.flux-partial").touch()
+    with atomic.exclusive(path):
+        atomic.sweep(tmp_path)
+        assert {each.name for each in path.parent.iterdir()} == {".0000.png.flux-partial", ".0000.png.flux-lock"}
+    atomic.sweep(tmp_path)
+    assert not list(path.parent.iterdir())
 
 
 def test_a_failure_stops_all_devices_and_keeps_what_is_finished(tmp_path):
@@ -187,6 +192,30 @@ def test_a_picture_that_appears_meanwhile_is_not_made(tmp_path):
 
     assert image_folders.make(PICTURES, tmp_path, overtaken, record, ["one"]) == 2
     assert len(painter.drawn) == 10
+
+
+def test_a_picture_that_appears_while_it_is_drawn_is_the_other_machines(tmp_path):
+    painter = Painter()
+
+    def overtaken(device):
+        draw = painter(device)
+
+        def slowly(picture):
+            if picture == PICTURES[1]:
+                make(Painter(), tmp_path, [picture])
+            return draw(picture)
+
+        return slowly
+
+    assert image_folders.make(PICTURES, tmp_path, overtaken, record, ["one"]) == 9
+    assert len(files(tmp_path)) == 15
+
+
+def test_a_name_that_no_file_can_have_is_told_before_anything_is_drawn(tmp_path):
+    painter, picture = Painter(), benchmarks.Picture("a prompt", 42, Path("ä" * 200 + "_000000.png"))
+    with pytest.raises(UserError, match="411 bytes"):
+        make(painter, tmp_path, [PICTURES[0], picture])
+    assert not painter.drawn and not painter.devices
 
 
 def test_other_settings_never_mix(tmp_path, snapshot_message):
