@@ -8,8 +8,8 @@ does with activations in full precision, up to the rounding of the products to t
 
 import json
 import math
-import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from convert.sources import TOKENIZER_FOLDERS
 from convert.weight_format import dense_stream, dense_table
 from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.errors import UserError
-from flux_jax.io.atomic import WholeFolder, cannot_write
+from flux_jax.io import published
+from flux_jax.io.atomic import WholeFolder, cannot_write, check_space
 from flux_jax.io.safetensors import FLOATS, file_header
 from flux_jax.models.params import COMPONENTS, abstract_component, leaf_table
 
@@ -45,45 +46,41 @@ STORED = set(map(np.dtype, FLOATS.values()))
 
 
 def export(name: str | Path, out: Path, *, quiet: bool = False) -> None:
-    """Writes the folder `out`, whole or not at all. UserError where it exists or the checkpoint lacks a component."""
+    """Writes the folder `out`, whole or not at all. UserError where it exists, the disk is too small, or the checkpoint
+    lacks a component or a weight of one."""
     checkpoint = Checkpoint.open(name)
     if missing := COMPONENTS.keys() - set(checkpoint.components):
         raise UserError(f"{checkpoint.directory} has no {', '.join(sorted(missing))}: diffusers needs every part")
+    plans = {component: _plan(checkpoint, component) for component in configs.FOLDERS}
+    small = _small(checkpoint)
     with WholeFolder(out) as folder:
+        check_space(out, sum(plan.nbytes for plan in plans.values()))
         try:
-            _write_small(checkpoint, folder.working)
-            for component, name in configs.FOLDERS.items():
-                _write_component(checkpoint, component, folder.working / name / WEIGHTS[component], quiet)
+            for path, data in small.items():
+                _write_json(folder.working / path, data)
+            for component, (place, _) in TOKENIZER_FOLDERS.items():
+                (folder.working / place).mkdir()
+                published.copy_tokenizer(checkpoint.tokenizers / component, folder.working / place)
+            for component, plan in plans.items():
+                _write_component(checkpoint, component, plan, folder.working, quiet)
         except OSError as error:
             raise cannot_write(out, error) from error
         folder.publish()
 
 
-def _write_small(checkpoint: Checkpoint, working: Path) -> None:
-    config = checkpoint.config
-    extra = {
-        "name": config.name,
-        "licence": checkpoint.manifest.get("licence"),
-        "sampling": config.to_json()["sampling"],
-    }
-    index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0", configs.EXTRA: extra, **CLASSES}
-    _write_json(working / "model_index.json", index)
-    _write_json(working / "scheduler" / "scheduler_config.json", configs.scheduler_json(config.sampling))
-    for component, folder in configs.FOLDERS.items():
-        _write_json(working / folder / "config.json", configs.published(component, config))
-    for component, (folder, _) in TOKENIZER_FOLDERS.items():
-        shutil.copytree(checkpoint.tokenizers / component, working / folder)
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a component: our weights with their pieces, and dtype and shape of each tensor of the file."""
+
+    weights: dict[str, Weight]
+    tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors.values())
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n")
-
-
-def _write_component(checkpoint: Checkpoint, component: str, file: Path, quiet: bool) -> None:
-    """One safetensors file: header first, all shapes being known, then each weight's pieces in that order."""
-    from tqdm import tqdm
-
+def _plan(checkpoint: Checkpoint, component: str) -> Plan:
     fmt, table = FORMATS[component][0], dense_table(checkpoint, component)
     weights = expected(component, fmt, checkpoint.config, leaf_table(abstract_component(component, checkpoint.config)))
     tensors = {}
@@ -94,14 +91,41 @@ def _write_component(checkpoint: Checkpoint, component: str, file: Path, quiet: 
                 f"{checkpoint.directory}: {path} of the {component} is missing, or not of shape {list(weight.shape)}"
             )
         tensors |= {fmt.prefixes[0] + piece.name: (dtype, piece.shape) for piece in weight.pieces}
-    total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
+    return Plan(weights, tensors)
+
+
+def _small(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """The JSON files by their paths."""
+    config = checkpoint.config
+    extra = {
+        "name": config.name,
+        "licence": checkpoint.manifest.get("licence"),
+        "sampling": config.to_json()["sampling"],
+    }
+    index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0", configs.EXTRA: extra, **CLASSES}
+    return {
+        "model_index.json": index,
+        "scheduler/scheduler_config.json": configs.scheduler_json(config.sampling),
+        **{f"{place}/config.json": configs.published(each, config) for each, place in configs.FOLDERS.items()},
+    }
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _write_component(checkpoint: Checkpoint, component: str, plan: Plan, working: Path, quiet: bool) -> None:
+    """One safetensors file: header first, all shapes being known, then each weight's pieces in that order."""
+    from tqdm import tqdm
+
     with (
-        open(file, "wb") as f,
-        tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, desc=component, disable=quiet) as bar,
+        open(working / configs.FOLDERS[component] / WEIGHTS[component], "wb") as f,
+        tqdm(total=plan.nbytes, unit="B", unit_scale=True, file=sys.stderr, desc=component, disable=quiet) as bar,
     ):
-        f.write(file_header(tensors, {"format": "pt"}))
-        for path, value in dense_stream(checkpoint, component, weights):
-            for piece in _pieces(weights[path], value):
+        f.write(file_header(plan.tensors, {"format": "pt"}))
+        for path, value in dense_stream(checkpoint, component, plan.weights):
+            for piece in _pieces(plan.weights[path], value):
                 f.write(memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
                 bar.update(piece.nbytes)
 
