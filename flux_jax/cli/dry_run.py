@@ -9,9 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flux_jax.cli.main import check_device, say
+from flux_jax.cli.main import check_device, output, say
 from flux_jax.cli.requests import Request
 from flux_jax.config import FluxConfig
+from flux_jax.errors import printable
 
 if TYPE_CHECKING:
     from flux_jax.checkpoints.checkpoint import Checkpoint
@@ -28,7 +29,7 @@ def report(args: argparse.Namespace, stored: "Checkpoint", dtype: str, todo: Seq
         explain(stored.config.name, found, images, words)
     if not args.json:
         for image in images:
-            print(image["path"])
+            output(str(image["path"]))
     return found | {"images": images}
 
 
@@ -70,8 +71,9 @@ def explain(name: str, found: dict[str, Any], images: Sequence[dict[str, Any]], 
     counts = found["parameters"]
     listed = ", ".join(f"{component} {count:,}" for component, count in counts.items())
     held = f"{found['weights']['bytes'] / 1e9:.2f} GB of weights ({found['weights']['form']})"
-    say(f"{name}: {sum(counts.values()):,} parameters ({listed}), {held}.")
+    say(f"{printable(name)}: {sum(counts.values()):,} parameters ({listed}), {held}.")
     for image in images:
-        say(f"{image['width']}x{image['height']}, {image['steps']} steps, seed {image['seed']}: {image['prompt']}")
+        size, prompt = f"{image['width']}x{image['height']}", printable(image["prompt"])
+        say(f"{size}, {image['steps']} steps, seed {image['seed']}: {prompt}")
     if words:
         say(words)

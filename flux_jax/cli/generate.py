@@ -1,22 +1,22 @@
 """`python -m flux_jax.generate "a red circle"`: the command line over `FluxPipeline`.
 
 In: arguments (`flux_jax.cli.arguments`). Out: PNG files that hold all it takes to repeat them; their paths, or one JSON
-object, on stdout; notices, progress and timings on stderr.
+object, on stdout; notices, progress and timings on stderr. A picture that was drawn is never thrown away: where it
+cannot be written as asked, it goes elsewhere, and the exit status is 2.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flux_jax.checkpoints import checksums
-from flux_jax.cli import arguments, dry_run, requests
-from flux_jax.cli.main import check_device, guarded, say
-from flux_jax.errors import UserError
+from flux_jax.cli import arguments, dry_run, finished, requests
+from flux_jax.cli.main import check_device, guarded, output, output_json, say
+from flux_jax.errors import UserError, printable, shortened
 from flux_jax.io import png
 from flux_jax.runtime import compilation_cache, memory, watchdog
 from flux_jax.runtime.environment import provenance, set_environment
@@ -55,30 +55,39 @@ class Session:
         return entry
 
 
-def run(argv: Sequence[str]) -> None:
-    """Draws, or with --dry-run says, what the arguments ask for."""
+def run(argv: Sequence[str]) -> int:
+    """Draws, or with --dry-run says, what the arguments ask for, and returns the exit status."""
     args = arguments.parse(argv)
     set_environment(args.device)
     if args.processes > 1:
         watchdog.join(args.coordinator, args.processes, args.process)
     if args.list_models:
         list_models()
-        return
-    record = png.read_record(args.from_metadata) if args.from_metadata else None
+        return 0
+    record = png.read_record(args.from_metadata, say) if args.from_metadata else None
     session = open_session(args, record or {"model": {}})
     if record and record["model"].get("sha256") != session.stored.digest:
         say(f"{args.from_metadata} was made with another checkpoint than {session.name}: the picture will differ.")
-    planned, seeded = requests.plan_requests(args, session.stored.config, record, say)
-    left = requests.skip_done(planned, args, seeded, session.model)
+    planned, asked = requests.plan_requests(args, session.stored.config, record, say)
+    left = requests.skip_done(planned, args, asked, session.model, session.dtype)
     if len(left) < len(planned) and not args.quiet:
         say(f"{len(planned) - len(left)} of {len(planned)} pictures exist already.")
-    report = {"model": session.model, "skipped": [str(each.output) for each in planned if each not in left]}
-    if args.dry_run:
-        report |= dry_run.report(args, session.stored, session.dtype, left)
-    else:
-        report |= draw(session, left) if left else {"images": []}
-    if args.json and not args.process:
-        print(json.dumps(report, ensure_ascii=False), flush=True)
+    to_do = {each.index for each in left}
+    skipped = [str(each.output) for each in planned if each.index not in to_do]
+    report: dict[str, Any] = {"model": session.model, "skipped": skipped, "images": []}
+    status = 0
+    try:
+        if args.dry_run:
+            report |= dry_run.report(args, session.stored, session.dtype, left)
+        elif left:
+            status = draw(session, left, asked, report)
+    except BaseException as error:
+        report["error"] = printable(str(error)) or type(error).__name__
+        raise
+    finally:  # what is finished is told, whatever became of the rest
+        if args.json and not args.process:
+            output_json(report)
+    return status
 
 
 def list_models() -> None:
@@ -87,25 +96,33 @@ def list_models() -> None:
 
     for alias in ALIASES:
         if (resolve(alias) / MANIFEST).is_file():
-            print(f"{alias}\t{Checkpoint.open(alias).config.name}")
+            output(f"{alias}\t{Checkpoint.open(alias).config.name}")
 
 
 def open_session(args: argparse.Namespace, record: dict[str, Any]) -> Session:
     """The checkpoint that the arguments name, else the record, else the package's own. record: of an earlier picture,
-    or {"model": {}}."""
-    from flux_jax.checkpoints.checkpoint import DEFAULT_MODEL, Checkpoint
+    whoever made it, or {"model": {}}. UserError where it names another than the package's."""
+    from flux_jax.checkpoints.checkpoint import ALIASES, DEFAULT_MODEL, Checkpoint
 
     name = args.model or record["model"].get("id") or DEFAULT_MODEL
+    if not args.model and name not in ALIASES:
+        raise UserError(
+            f"{args.from_metadata} was made with the checkpoint {shortened(name)}, and a picture opens no folder; "
+            "name it yourself: --model PATH."
+        )
     stored = Checkpoint.open(name)
     recorded = record["model"].get("activations") if stored.quantization is not None else None
     precision = args.dtype or record.get("dtype") or "auto"
     if precision not in arguments.DTYPES:
-        raise UserError(f"{args.from_metadata} was made in {precision}, which is not offered here; add --dtype.")
+        raise UserError(
+            f"{args.from_metadata} was made in {shortened(precision)}, which is not offered here; add --dtype."
+        )
     return Session(args, name, stored.using(args.activations or recorded), arguments.DTYPES[precision])
 
 
-def draw(session: Session, todo: list[requests.Request]) -> dict[str, Any]:
-    """Loads the model, draws and writes each request; returns what the JSON report says about it."""
+def draw(session: Session, todo: list[requests.Request], asked: set[int], report: dict[str, Any]) -> int:
+    """Loads the model, draws and writes each request; puts what the JSON report says about it there, each picture once
+    it is written, and returns the exit status. asked: of `requests.plan_requests`."""
     import jax
 
     args, start = session.args, time.perf_counter()
@@ -113,18 +130,26 @@ def draw(session: Session, todo: list[requests.Request]) -> dict[str, Any]:
     device = jax.local_devices()[0]
     totals = {"load": time.perf_counter() - start}
     common: dict[str, Any] = {"dtype": str(pipe.dtype), "model": session.model, **provenance(device)}
-    made = []
+    status = 0
     for group in requests.batches(todo, args.mesh["data"] if args.mesh else 1):
         label = f"{todo.index(group[0]) + 1}/{len(todo)} " if len(todo) > 1 else ""
         with progress(args, group[0].steps, label) as callback:
             out = pipe.draw(requests.sampling_request(group), callback_on_step_end=callback)
         totals = {key: totals.get(key, 0.0) + out.timings.get(key, 0.0) for key in {**totals, **out.timings}}
-        if not args.process:
-            made += [write(args, *pair, common) for pair in zip(group, out.images, strict=True)]
+        for request, image in zip(group, out.images, strict=True) if not args.process else ():
+            record = png.Record(**common, **request.settings())
+            path = finished.keep(request, image, record, args=args, seeded=request.index in asked)
+            if path is None:
+                report["skipped"].append(str(request.output))
+                continue
+            report["images"].append({"path": str(path), "id": request.id, **record.to_json()})
+            finished.tell(args, path, request.seed, session.name)
+            status = status or 2 * (path != request.output)
     peak = memory.peak(device)
     if not args.quiet:
         say(summary(totals, peak))
-    return {"images": made, "timings": {key: round(value, 3) for key, value in totals.items()}, "peak_bytes": peak}
+    report |= {"timings": {key: round(value, 3) for key, value in totals.items()}, "peak_bytes": peak}
+    return status
 
 
 def load(session: Session) -> "FluxPipeline":
@@ -149,17 +174,6 @@ def load(session: Session) -> "FluxPipeline":
         where = f"{pipe.dtype} on {device.device_kind} ({device.platform})"
         say(f"{stored.config.name} from {stored.directory} | {where} | compiled programs: {cached or 'not kept'}")
     return pipe
-
-
-def write(args: argparse.Namespace, request: requests.Request, image: Any, common: dict[str, Any]) -> dict[str, Any]:
-    """Writes a picture and says so; returns its entry in the report. common: what is the same in all records."""
-    record = png.Record(**common, **request.settings())
-    png.write_png(request.output, image, record, overwrite=args.overwrite)
-    if not args.json:
-        print(request.output, flush=True)
-    if not args.quiet:
-        say(f"seed {request.seed} | {request.output} | repeat: python -m flux_jax.generate -C {request.output}")
-    return {"path": str(request.output), "id": request.id, **record.to_json()}
 
 
 def shows_progress(args: argparse.Namespace) -> bool:

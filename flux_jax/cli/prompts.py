@@ -10,16 +10,19 @@ stdout.
 
 import argparse
 import hashlib
-import json
+import http.client
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from flux_jax.cli.main import Parser, guarded, program, say
+from flux_jax import validation
+from flux_jax.cli.main import Parser, guarded, output, output_json, path, program, say
 from flux_jax.errors import UserError
-from flux_jax.io.atomic import write_whole
+from flux_jax.io.atomic import check_writable, write_whole
 from flux_jax.io.prompts import digest, read_all
+from flux_jax.io.reading import SMALL, read_bytes, reason
 
 PARTI = "https://raw.githubusercontent.com/google-research/parti/2c99f6652cbc7f0d0441aa91f4c7e7055bcb0071"
 
@@ -52,22 +55,23 @@ def fetch(directory: Path, server: str | None = None, timeout: float = 60.0) -> 
     from, by name. UserError (exit code 3) where the network or a digest fails; no half file is ever left."""
     paths = []
     for name, (address, expected) in FILES.items():
-        path = directory / name
-        if not path.exists():
+        file = directory / name
+        if not os.path.exists(file):
+            check_writable(file)
             address = address if server is None else f"{server.rstrip('/')}/{name}"
             try:
                 with urllib.request.urlopen(address, timeout=timeout) as answer:
-                    data = answer.read()
-            except (OSError, ValueError) as error:
-                reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else error
-                raise UserError(f"Cannot fetch {address}: {reason}; download it to {path} yourself.", 3) from error
+                    data = answer.read(SMALL)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                wrong = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else reason(error)
+                raise UserError(f"Cannot fetch {address}: {wrong}; download it to {file} yourself.", 3) from error
             if (found := hashlib.sha256(data).hexdigest()) != expected:
                 raise UserError(f"{address} has SHA-256 {found}, not {expected}: it is another file.", 3)
-            write_whole(path, data, overwrite=False)
-            say(f"{path}: {len(data)} bytes")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            raise UserError(f"{path} is not the published file (its SHA-256 differs): delete it, and fetch again.")
-        paths.append(path)
+            write_whole(file, data, overwrite=False)
+            say(f"{file}: {len(data)} bytes")
+        elif hashlib.sha256(read_bytes(file, remedy="delete it, and fetch again")).hexdigest() != expected:
+            raise UserError(f"{file} is not the published file (its SHA-256 differs): delete it, and fetch again.")
+        paths.append(file)
     return paths
 
 
@@ -92,35 +96,37 @@ def run(argv: Sequence[str]) -> None:
     parser = Parser(prog=program("prompts"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sub = commands.add_parser("fetch", help="PartiPrompts and T2I-CompBench's training prompts")
-    sub.add_argument("directory", type=Path, metavar="DIR")
+    sub.add_argument("directory", type=path, metavar="DIR")
     sub.add_argument("--server", metavar="URL", help="take the files from URL/NAME, such as a mirror")
     sub.set_defaults(run=_run_fetch)
     sub = commands.add_parser("nano", help="captions for the distillation of FLUX-nano")
-    sub.add_argument("out", type=Path, metavar="OUT")
+    sub.add_argument("out", type=path, metavar="OUT")
     sub.add_argument("--count", type=int, default=4096, help="(default: %(default)s)")
     sub.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
     sub.add_argument("--overwrite", action="store_true")
     sub.set_defaults(run=_run_nano)
     sub = commands.add_parser("count", help="prompts in files")
-    sub.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    sub.add_argument("files", type=path, nargs="+", metavar="FILE")
     sub.set_defaults(run=_run_count)
     args = parser.parse_args(argv)
     args.run(args)
 
 
 def _run_fetch(args: argparse.Namespace) -> None:
-    for path in fetch(args.directory, args.server):
-        print(path)
+    for file in fetch(args.directory, args.server):
+        output(str(file))
 
 
 def _run_nano(args: argparse.Namespace) -> None:
     if not 1 <= args.count <= 20_000:  # the grammar has some ten thousands of captions
         raise UserError(f"--count must be from 1 to 20000, not {args.count}.")
+    validation.check_seeds([args.seed])
+    check_writable(args.out)
     captions = nano_captions(args.count, args.seed)
     write_whole(args.out, "".join(f"{caption}\n" for caption in captions).encode(), overwrite=args.overwrite)
-    print(args.out)
+    output(str(args.out))
 
 
 def _run_count(args: argparse.Namespace) -> None:
     prompts = read_all(args.files)
-    print(json.dumps({"prompts": len(prompts), "different": len(set(prompts)), "sha256": digest(prompts)}))
+    output_json({"prompts": len(prompts), "different": len(set(prompts)), "sha256": digest(prompts)})

@@ -7,17 +7,17 @@ before the model is loaded.
 
 import argparse
 import dataclasses
-import datetime
-import re
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux_jax import validation
-from flux_jax.cli.arguments import aspect_size, parse_size
+from flux_jax.cli.arguments import ANY_SEED, aspect_size, parse_size
+from flux_jax.cli.output_paths import OutputPaths
 from flux_jax.config import FluxConfig
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, shortened
 from flux_jax.io.atomic import check_writable
 from flux_jax.io.png import read_record
 from flux_jax.io.prompts import read_rows
@@ -49,37 +49,51 @@ class Request:
 
 
 def read_prompts(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a prompts file as objects with at least `prompt` and `id`, and the keys that mean nothing here."""
+    """The rows of a prompts file as objects with at least `prompt`, `id` and `where` it stands, and the keys that mean
+    nothing here."""
     rows, unknown = read_rows(path)
-    return [{"id": f"{i:05d}", "prompt": row.prompt, **row.fields} for i, row in enumerate(rows)], unknown
+    return [
+        {"id": f"{i:05d}", "prompt": row.prompt, "where": f"{path}, line {row.line}: ", **row.fields}
+        for i, row in enumerate(rows)
+    ], unknown
 
 
 def plan_requests(
     args: argparse.Namespace, config: FluxConfig, record: dict[str, Any] | None, say: Callable[[str], None]
-) -> tuple[list[Request], bool]:
-    """All pictures of the run, and whether their seeds were asked for (not drawn at random). `say` gets each notice."""
+) -> tuple[list[Request], set[int]]:
+    """All pictures of the run, and the indices of those whose seeds were asked for (not drawn at random). `say` gets
+    each notice."""
     record = record or {}
     rows = _rows(args, record, say)
     defaults = _defaults(args, config, record, say)
-    seeds = Seeds.chosen(args, record, len(rows))
-    paths = OutputPaths(args, len(rows), seeds.per_prompt)
+    seeds = Seeds.chosen(args, record)
+    if (count := len(rows) * seeds.per_prompt) > validation.MAX_PICTURES:
+        raise UserError(f"{count} pictures are too many for one run: {validation.MAX_PICTURES} are the most.")
+    paths = OutputPaths(args.output, args.prompts_file, len(rows), seeds.per_prompt)
     requests: list[Request] = []
+    asked: set[int] = set()
     notices: dict[str, None] = {}
     for row in rows:
-        settings, changes = _settings(row, defaults, config, strict=args.strict_size)
+        id_ = str(row["id"]) if "id" in row else None
+        try:
+            settings, changes = _settings(row, defaults, config, strict=args.strict_size)
+            chosen = [seeds.of(row, k, len(requests) + k) for k in range(seeds.per_prompt)]
+        except UserError as error:
+            own = row.keys() & {"seed", *defaults}
+            raise UserError(f"{row['where'] if own else ''}{error}") from error
         notices |= dict.fromkeys(changes)
-        for k in range(seeds.per_prompt):
+        for k, (seed, given) in enumerate(chosen):
             i = len(requests)
-            seed = seeds.of(row, k, i)
             output = paths.path(row, index=i, k=k, seed=seed)
-            id_ = str(row["id"]) if "id" in row else None
+            check_writable(output)
             requests.append(Request(i, id_, row["prompt"], seed=seed, output=output, **settings))
+            asked |= {i} if given else set()
     for notice in notices:
         say(f"{notice.removesuffix('.')} (--strict-size to fail).")
-    twice = [path for path, count in Counter(request.output for request in requests).items() if count > 1]
-    if twice:
+    places = Counter(os.path.realpath(request.output) for request in requests)
+    if twice := [request.output for request in requests if places[os.path.realpath(request.output)] > 1]:
         raise UserError(f"Two pictures would be written to {twice[0]}; put {{i}} or {{seed}} into -o.")
-    return requests, seeds.given
+    return requests, asked
 
 
 def _rows(args: argparse.Namespace, record: dict[str, Any], say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -88,7 +102,7 @@ def _rows(args: argparse.Namespace, record: dict[str, Any], say: Callable[[str],
     if args.prompts_file:
         rows, ignored = read_prompts(args.prompts_file)
         if ignored:
-            say(f"{args.prompts_file}: ignoring the keys {', '.join(ignored)}.")
+            say(f"{args.prompts_file}: ignoring the keys {shortened(', '.join(ignored), 200, quote=False)}.")
         return rows
     prompts = args.prompts or ([record["prompt"]] if record else [])
     if not prompts:
@@ -102,8 +116,9 @@ def _defaults(
     """The settings of every picture whose row says nothing else: from the command line, the record, the model."""
     own = config.sampling
     if args.guidance is not None and not config.transformer.guidance_embeds:
-        say(f"{config.name} embeds no guidance: --guidance has no effect.")
+        say(f"{shortened(config.name, quote=False)} embeds no guidance: --guidance has no effect.")
     width, height = _size(args, config, record)
+    validation.check_text(args.negative_prompt or "", "negative prompt")
     return {
         "negative_prompt": _first(args.negative_prompt, record.get("negative_prompt")),
         "height": height,
@@ -133,31 +148,30 @@ def _settings(
 
 @dataclasses.dataclass(frozen=True)
 class Seeds:
-    """Which seed each picture has. given: they were asked for; values: one to count up from, or one for each picture of
-    a prompt."""
+    """Which seed each picture has. values: one to count up from, or one for each picture of a prompt, where ANY_SEED
+    stands for a random one; those count up from `random`."""
 
-    given: bool
     values: list[int]
     per_prompt: int
+    random: int
 
     @classmethod
-    def chosen(cls, args: argparse.Namespace, record: dict[str, Any], prompts: int) -> "Seeds":
-        values = args.seed or ([record["seed"]] if record else None)
-        per_prompt = len(values) if values is not None and len(values) > 1 else args.num_images or 1
-        if values is not None:
-            return cls(True, values, per_prompt)
-        last = validation.SEED_LIMIT - per_prompt * prompts  # keeps the last picture's seed in range
-        return cls(False, [min(validation.random_seed(), last)], per_prompt)
+    def chosen(cls, args: argparse.Namespace, record: dict[str, Any]) -> "Seeds":
+        values = args.seed or [record.get("seed", ANY_SEED)]
+        return cls(values, len(values) if len(values) > 1 else args.num_images or 1, validation.random_seed())
 
-    def of(self, row: dict[str, Any], k: int, i: int) -> int:
-        """Of the k-th picture of a row, which is picture i of the run. UserError where there is no such seed."""
+    def of(self, row: dict[str, Any], k: int, i: int) -> tuple[int, bool]:
+        """Of the k-th picture of a row, which is picture i of the run; and whether it was asked for. UserError where
+        there is no such seed."""
         if "seed" in row:
-            seed = row["seed"] + k
+            seed, later = row["seed"], k
         elif len(self.values) > 1:
-            seed = self.values[k]
+            seed, later = self.values[k], 0
         else:
-            seed = self.values[0] + i
-        return validation.check_seeds([seed])[0]
+            seed, later = self.values[0], i
+        if seed == ANY_SEED:
+            return (self.random + i) % validation.SEED_LIMIT, False
+        return validation.check_seeds([seed + later])[0], True
 
 
 def _first(*values: Any) -> Any:
@@ -173,41 +187,6 @@ def _size(args, config: FluxConfig, record: dict[str, Any]) -> tuple[int, int]:
         area = config.sampling.width * config.sampling.height
         return aspect_size(args.aspect, area, config.pixels_per_token)
     return _first(args.width, width), _first(args.height, height)
-
-
-class OutputPaths:
-    """Output paths: `-o` with its placeholders filled, or names of our own in a folder."""
-
-    def __init__(self, args: argparse.Namespace, prompts: int, per_prompt: int):
-        self.from_file, self.prompts, self.per_prompt = args.prompts_file is not None, prompts, per_prompt
-        self.stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.folder, self.template = Path("outputs"), args.output
-        if self.template is None:
-            self.folder /= args.prompts_file.stem if self.from_file else ""
-        elif self.template.endswith(("/", "\\")) or Path(self.template).is_dir():
-            self.folder, self.template = Path(self.template), None
-        elif prompts * per_prompt > 1 and "{" not in self.template:
-            path = Path(self.template)
-            self.template = f"{path.with_suffix('')}-{{i}}{path.suffix}"
-
-    def path(self, row: dict[str, Any], *, index: int, k: int, seed: int) -> Path:
-        """Of picture `index` of the run, the k-th of its prompt."""
-        if self.template is None:
-            if self.from_file:  # neither time nor seed in it, so that the next run finds what is done
-                name = slug(str(row["id"]), 120) + (f"-{k}" if self.per_prompt > 1 else "")
-            else:
-                name = f"flux-{self.stamp}-{seed}" + (f"-{index}" if self.prompts > 1 else "")
-            return self.folder / f"{name}.png"
-        values = {"seed": seed, "i": index, "id": slug(str(row.get("id", index)), 120), "prompt": slug(row["prompt"])}
-        try:
-            path = Path(self.template.format(**values))
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"-o {self.template}: only {{seed}}, {{i}}, {{id}} and {{prompt}} can be filled in."
-            ) from error
-        if path.suffix.lower() not in ("", ".png"):
-            raise UserError(f"-o {path}: pictures are written as PNG, which can hold their settings; name it .png.")
-        return path if path.suffix else path.with_name(path.name + ".png")
 
 
 def batches(requests: list[Request], most: int) -> list[list[Request]]:
@@ -240,33 +219,41 @@ def sampling_request(group: Sequence[Request]) -> "SamplingRequest":
     )
 
 
-def slug(text: str, longest: int = 60) -> str:
-    """Letters and digits of a text, joined by single hyphens: safe in every file system."""
-    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:longest].rstrip("-") or "picture"
-
-
-def skip_done(jobs: list[Request], args: argparse.Namespace, seeded: bool, model: dict[str, Any]) -> list[Request]:
+def skip_done(
+    jobs: list[Request], args: argparse.Namespace, asked: set[int], model: dict[str, Any], dtype: str
+) -> list[Request]:
     """The jobs still to do. Of a prompts file, those whose picture exists already, made the same way, are left out;
-    any other file in the way raises UserError."""
-    for job in jobs:
-        check_writable(job.output)
+    any other file in the way raises UserError. model, dtype: what would draw them, as in `differences`."""
     if args.overwrite:
         return jobs
     left = []
     for job in jobs:
-        if not job.output.exists():
+        if not os.path.exists(job.output):
             left.append(job)
             continue
         if not args.prompts_file:
             raise UserError(f"{job.output} exists; choose another -o, or pass --overwrite to replace it.")
-        there = read_record(job.output)
-        wanted = {k: v for k, v in job.settings().items() if k != "seed" or seeded}
-        differs = [k for k, v in wanted.items() if there[k] != v]
-        compared = {"sha256": "model", "activations": "activations"}
-        differs += [word for key, word in compared.items() if there["model"].get(key) != model.get(key)]
+        try:
+            differs = differences(job, job.index in asked, model, dtype)
+        except UserError as error:
+            sentence = str(error).removesuffix(".")
+            raise UserError(f"{sentence}; choose another -o, or pass --overwrite to replace it.") from error
         if differs:
             raise UserError(
                 f"{job.output} exists and was made with another {' and '.join(differs)}; "
                 "choose another -o, or pass --overwrite to replace it."
             )
     return left
+
+
+def differences(job: Request, seeded: bool, model: dict[str, Any], dtype: str) -> list[str]:
+    """In what the picture at a job's output differs from the one that the job would make, in words. seeded: its seed
+    was asked for; model: as in the record; dtype: "auto" where any will do. UserError where it holds no record."""
+    unknown: list[str] = []
+    there = read_record(job.output, unknown.append)
+    wanted = {k: v for k, v in job.settings().items() if k != "seed" or seeded}
+    differs = [k for k, v in wanted.items() if there[k] != v]
+    compared = {"sha256": "model", "activations": "activations"}
+    differs += [word for key, word in compared.items() if there["model"].get(key) != model.get(key)]
+    differs += ["dtype"] if dtype not in ("auto", there["dtype"]) else []
+    return differs + (["version of this program"] if unknown else [])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flux_jax import validation
-from flux_jax.cli.arguments import parse_size
+from flux_jax.cli.arguments import expanded, parse_size
 from flux_jax.errors import UserError
 from flux_jax.evaluate.models import Variant
 
@@ -17,7 +17,8 @@ def add_sampling(parser: argparse.ArgumentParser, steps: int | None, model: bool
     """The options that say which model draws (unless `model` is False) and how."""
     add = parser.add_argument
     if model:
-        add("--model", default="nano", help="checkpoint or alias, with options: nano@dtype=float32 (%(default)s)")
+        named = "checkpoint or alias, with options: nano@dtype=float32 (%(default)s)"
+        add("--model", type=expanded, default="nano", help=named)
     add("--steps", type=int, default=steps, help="denoising steps (default: the model's)")
     add("--guidance", type=float, help="guidance scale (default: the model's)")
     add("--size", metavar="WxH", help="in pixels (default: the model's; FLUX.1: 1024x1024)")

@@ -21,6 +21,7 @@ from flux_jax.errors import UserError
 from flux_jax.evaluate.geneval import check_tag
 from flux_jax.io.fields import wrong_fields
 from flux_jax.io.prompts import read_lines, read_objects, read_table
+from flux_jax.validation import check_prompt
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
 PROMPTS = 300  # of a category of T2I-CompBench
@@ -58,6 +59,14 @@ def check_complete(path: Path, rows: Sequence[tuple[int, Any]], first: int = 1) 
             raise UserError(f"{path}, line {expected}: there is no prompt; delete the line.")
 
 
+def _drawable(prompt: str, path: Path, number: int) -> str:
+    """The prompt of a line, as `flux_jax.validation.check_prompt` takes it."""
+    try:
+        return check_prompt(prompt)
+    except UserError as error:
+        raise UserError(f"{path}, line {number}: {error}") from error
+
+
 def read_geneval(path: Path) -> list[Prompt]:
     """`evaluation_metadata.jsonl`: objects with tag, prompt and include."""
     found: list[Prompt] = []
@@ -67,7 +76,7 @@ def read_geneval(path: Path) -> list[Prompt]:
         check_tag(row.get("tag"), f"{path}, line {number}")
         if wrong_fields(row, {"prompt": str, "include": list}) or not row["prompt"].strip():
             raise UserError(f'{path}, line {number}: each line needs a "prompt" and a list "include".')
-        found.append(Prompt(len(found), row["prompt"], row["tag"], row))
+        found.append(Prompt(len(found), _drawable(row["prompt"], path, number), row["tag"], row))
     return found
 
 
@@ -75,7 +84,10 @@ def read_parti(path: Path) -> list[Prompt]:
     """`PartiPrompts.tsv`: a heading with Prompt and Category, then one prompt a line."""
     rows = read_table(path, ["Prompt", "Category"])
     check_complete(path, rows, first=2)
-    return [Prompt(place, row["prompt"], row["category"], row) for place, (_, row) in enumerate(rows)]
+    return [
+        Prompt(place, _drawable(row["prompt"], path, number), row["category"], row)
+        for place, (number, row) in enumerate(rows)
+    ]
 
 
 def read_t2i_compbench(path: Path, images: int = IMAGES["t2i-compbench"]) -> list[Prompt]:

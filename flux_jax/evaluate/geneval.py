@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, shortened
 from flux_jax.nano.captions import EVALUATION
 from flux_jax.nano.relations import Box, Number, relations
 
@@ -24,7 +24,7 @@ MAX_OVERLAP = 1.0  # of two detections of one class; 1 keeps all, as the publish
 def check_tag(tag: Any, where: str) -> None:
     """UserError, which begins with `where`, for what is none of GenEval's tags."""
     if tag not in tuple(TAGS):  # a tuple: what a file holds need not be hashable
-        raise UserError(f"{where}: unknown tag {tag!r}; GenEval has {', '.join(TAGS)}.")
+        raise UserError(f"{where}: unknown tag {shortened(tag)}; GenEval has {', '.join(TAGS)}.")
 
 
 @dataclass(frozen=True)

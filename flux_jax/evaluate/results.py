@@ -5,17 +5,18 @@ pictures, in [0, 1]. A folder with holes, or a result that does not fit its fold
 happens to be there is not the benchmark's score.
 """
 
-import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, shortened
 from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, PROMPTS
 from flux_jax.evaluate.geneval import TAGS, check_tag
 from flux_jax.evaluate.image_folders import RUN, read_run
+from flux_jax.io import reading
 from flux_jax.io.fields import wrong_fields
 from flux_jax.io.prompts import read_objects
 
@@ -32,7 +33,8 @@ WHERE = {  # category -> where its evaluators leave vqa_result.json; the first i
     "complex": (_SHARE, "annotation_3_in_1"),
 }
 OTHER_QUANTITY = {"annotation_clip": "CLIP score", "annotation_3_in_1": "3-in-1 score"}
-NAME = re.compile(r"(?P<prompt>[^_]*)_(?P<index>\d+)\.png")
+NAME = re.compile(r"(?P<prompt>[^_]*)_(?P<index>[0-9]{1,18})\.png")
+NUMBER = re.compile(r"[0-9]{1,18}")  # a name that counts
 
 
 @dataclass
@@ -108,21 +110,19 @@ def _result_file(folder: Path, category: str) -> Path:
 
 def _read_answers(path: Path, folder: Path) -> dict[str, list[float]]:
     """prompt -> scores. Question ids are the pictures' indices, or their ranks where a folder holds a subset."""
-    try:
-        rows = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}.") from error
+    rows = reading.read_json(path, most=reading.LARGE, remedy="run the evaluator again")
     scale = 100.0 if path.parent.name == _SHARE else 1.0
     answers: dict[int, float] = {}
     for position, row in enumerate(rows if isinstance(rows, list) else [None], 1):
+        where = f"{path}, entry {position}"
+        if not isinstance(row, dict) or wrong_fields(row, {"question_id": int | str, "answer": int | float | str}):
+            raise UserError(f'{where}: each entry needs a "question_id" and a numeric "answer".')
         try:
             identity, answer = int(row["question_id"]), float(row["answer"]) / scale
-        except (TypeError, KeyError, ValueError) as error:
-            raise UserError(
-                f'{path}, entry {position}: each entry needs a "question_id" and a numeric "answer".'
-            ) from error
-        if not -1 <= answer <= 1 or identity in answers:
-            raise UserError(f"{path}, entry {position}: answer {row['answer']} is out of range, or given twice.")
+        except (ValueError, OverflowError) as error:
+            raise UserError(f'{where}: each entry needs a "question_id" and a numeric "answer".') from error
+        if not -1 <= answer <= 1 or identity < 0 or identity in answers:
+            raise UserError(f"{where}: answer {shortened(row['answer'], quote=False)} is out of range, or given twice.")
         answers[identity] = answer
     prompts = check_t2i_folder(folder) if (folder / "samples").is_dir() else None
     if prompts is None:
@@ -144,14 +144,17 @@ def _read_answers(path: Path, folder: Path) -> dict[str, list[float]]:
 def check_geneval_folder(folder: Path) -> int:
     """The number of pictures in a folder in GenEval's layout; UserError where it is none or has holes."""
     numbers: dict[str, int] = {}
-    for sub in sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name.isdigit()):
+    for sub in (entry for entry in reading.entries(folder) if _counts(entry.name) and entry.is_dir()):
+        samples = sub / "samples"
         if not (sub / "metadata.jsonl").is_file():
             raise UserError(f"{sub} has no metadata.jsonl; copy its line of evaluation_metadata.jsonl there.")
-        names = sorted(int(p.stem) for p in (sub / "samples").glob("*.png") if p.stem.isdigit())
-        gaps = sorted(set(range(names[-1] + 1 if names else 1)) - set(names))
-        if gaps:
-            raise UserError(f"{sub / 'samples'} has a hole: picture {gaps[0]} is missing.")
-        numbers[str(sub / "samples")] = len(names)
+        pictures = [entry for entry in reading.entries(samples) if entry.suffix == ".png" and _counts(entry.stem)]
+        names = Counter(int(entry.stem) for entry in pictures)
+        for expected in range(len(pictures) or 1):
+            if names[expected] != 1:
+                what = "has a hole: picture {} is missing" if not names[expected] else "has picture {} twice"
+                raise UserError(f"{samples} {what.format(expected)}.")
+        numbers[str(samples)] = len(pictures)
     if not numbers:
         raise UserError(f"{folder} is no folder of GenEval: it holds no 00000/samples.")
     _same_number(numbers, folder)
@@ -161,7 +164,7 @@ def check_geneval_folder(folder: Path) -> int:
 def check_t2i_folder(folder: Path) -> dict[int, str]:
     """index -> prompt of the pictures in a folder in T2I-CompBench's layout; UserError where it has holes."""
     prompts: dict[int, str] = {}
-    for path in (folder / "samples").iterdir():
+    for path in reading.entries(folder / "samples"):
         match = NAME.fullmatch(path.name)
         if not match or int(match["index"]) in prompts:
             what = "has an index that another has" if match else "is not named PROMPT_000000.png"
@@ -177,14 +180,18 @@ def _same_number(counts: dict[str, int], path: Path, expected: int | None = None
     wanted = expected or max(counts.values(), default=0)
     for key, count in counts.items():
         if count != wanted:
-            raise UserError(f"{path} has holes: {key!r} has {count} of {wanted} pictures.")
+            raise UserError(f"{path} has holes: {shortened(key, 160)} has {count} of {wanted} pictures.")
+
+
+def _counts(name: str) -> bool:
+    return NUMBER.fullmatch(name) is not None
 
 
 def read(path: Path, name: str) -> tuple[str, Measured]:
     """("geneval" | "t2i-compbench", what was measured), by what is at `path`."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{path} does not exist.")
-    numbered = path.is_dir() and any(entry.is_dir() and entry.name.isdigit() for entry in path.iterdir())
+    numbered = path.is_dir() and any(_counts(entry.name) and entry.is_dir() for entry in reading.entries(path))
     if path.is_file() or numbered or (path / "results.jsonl").is_file():
         return "geneval", read_geneval(path, name)
     return "t2i-compbench", read_t2i_compbench(path, name)

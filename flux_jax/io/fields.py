@@ -1,13 +1,15 @@
-"""Types of the fields of a JSON object: one check for PNG records, prompt files and evaluators' results.
+"""Types and ranges of the fields of a JSON object: one check for PNG records, prompt files and evaluators' results.
 
-In: an object as `json.loads` gives it, and key -> type. Out: the keys that are wrong, or UserError, one sentence.
+In: an object as `reading.parse_json` gives it, and key -> type. Out: the keys that are wrong, or UserError, one
+sentence.
 """
 
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, get_args
 
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, shortened
+from flux_jax.validation import RANGES, is_number
 
 Types = Mapping[str, type | UnionType]
 
@@ -22,6 +24,14 @@ def check_fields(data: Mapping[str, Any], types: Types, where: str) -> None:
     """Raises UserError, with all `wrong_fields` of what is called `where`, unless there are none."""
     if wrong := wrong_fields(data, types):
         raise UserError(f"{where} lacks, or has the wrong type in: {', '.join(wrong)}.")
+
+
+def check_ranges(data: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where one of the numbers that decide a picture (`validation.RANGES`) is none that any model
+    takes, such as an infinite one."""
+    for key, (least, most) in RANGES.items():
+        if key in data and not is_number(data[key], least, most):
+            raise UserError(f"{where}: {key} must be from {least} to {most}, not {shortened(data[key])}.")
 
 
 def _fits(value: Any, kind: type | UnionType) -> bool:

@@ -1,12 +1,14 @@
 """Prompts: read from files, counted, held out by hash; all that a distillation ever learns from.
 
-In: files of UTF-8 text, with or without a byte order mark. Out: prompts in order, duplicates included, without
-surrounding white space. Lines end at a newline (or CR, or both), not at the rarer marks that a prompt may hold, and
-blank ones count for nothing. By the file's name:
+In: files of text, or pipes of the user's shell, as `flux_jax.io.reading` takes them. Out: prompts in order, duplicates
+included, without surrounding white space. Lines end at a newline (or CR, or both), not at the rarer marks that a prompt
+may hold, and blank ones count for nothing. By the file's name:
 
-    .txt     a prompt a line; a line that begins with "#" is a comment. A name without a suffix, such as a pipe's, too
+    .txt     a prompt a line; a line that begins with "#" is a comment
     .jsonl   a JSON object a line: "prompt" and, if wanted, what SETTINGS names
     .tsv     a heading that names a column Prompt, then rows; quotes are literal, other columns are ignored
+
+A name without a suffix, such as a pipe's, is of the first kind, or of the second where its first line is an object.
 
 `read_lines`, `read_objects` and `read_table` read these three kinds for `flux_jax.evaluate`, too, whose benchmarks are
 stricter. And prompts' split: whether one is held out depends on its text alone, so that no run of any seed learns from
@@ -14,16 +16,24 @@ it.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, shortened
+from flux_jax.io import reading
 from flux_jax.io.fields import wrong_fields
+from flux_jax.validation import check_prompt, check_text
 
 HELD_OUT_ONE_IN = 16
+MAX_LINES = 1_000_000  # of a file of prompts, blank ones aside
+OTHER_KINDS = {  # what is no prompt file, and how it becomes one
+    ".json": "write each prompt on a line of its own, as an object, and name the file .jsonl",
+    ".csv": "save it as tab-separated text, and name it .tsv",
+}
 SETTINGS = {  # what a .jsonl may say of a picture, beside its prompt
     "id": str | int,
     "seed": int,
@@ -61,29 +71,51 @@ def read_rows(path: Path) -> tuple[list[PromptRow], list[str]]:
     the line, for a file that cannot be read, has no prompt, or is of another kind than its name says."""
     unknown: set[str] = set()
     kind = path.suffix.lower()
-    if kind in (".txt", ""):
-        lines = [(number, line.strip()) for number, line in read_lines(path)]
-        rows = [PromptRow(text, number) for number, text in lines if not text.startswith("#")]
-    elif kind == ".jsonl":
-        rows = []
-        for number, data in read_objects(path):
-            rows.append(_row(data, number, f"{path}, line {number}"))
-            unknown |= data.keys() - SETTINGS.keys() - {"prompt"}
+    if kind in (".txt", "", ".jsonl"):
+        lines = read_lines(path)
+        if kind == ".jsonl" or _is_object(lines[0][1]):
+            if kind == ".txt":
+                raise UserError(f"{path}, line {lines[0][0]}: this is a JSON object; name the file .jsonl.")
+            rows = []
+            for number, data in _objects(lines, path):
+                rows.append(_row(data, number, f"{path}, line {number}"))
+                unknown |= data.keys() - SETTINGS.keys() - {"prompt"}
+        else:
+            texts = [(number, line.strip()) for number, line in lines]
+            rows = [_plain(text, number, path) for number, text in texts if not text.startswith("#")]
     elif kind == ".tsv":
-        rows = [PromptRow(cells["prompt"].strip(), number) for number, cells in read_table(path, ["Prompt"])]
+        rows = [_plain(cells["prompt"].strip(), number, path) for number, cells in read_table(path, ["Prompt"])]
     else:
-        raise UserError(f"{path}: prompts come in .txt, .jsonl or .tsv files, not in {path.suffix!r}.")
+        remedy = f"; {OTHER_KINDS[kind]}" if kind in OTHER_KINDS else ""
+        raise UserError(f"{path}: prompts come in .txt, .jsonl or .tsv files, not in {shortened(path.suffix)}{remedy}.")
     if not rows:
         raise UserError(f"{path} holds no prompt.")
     return rows, sorted(unknown)
 
 
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object, and not a prompt in braces."""
+    try:
+        return line.lstrip().startswith("{") and isinstance(reading.parse_json(line, ""), dict)
+    except UserError:
+        return False
+
+
+def _plain(text: str, line: int, path: Path) -> PromptRow:
+    return _row({"prompt": text}, line, f"{path}, line {line}")
+
+
 def _row(data: dict[str, Any], line: int, where: str) -> PromptRow:
     types = {"prompt": str} | {key: kind for key, kind in SETTINGS.items() if key in data}
     for key in wrong_fields(data, types):
-        raise UserError(f"{where}: {key} cannot be {data[key]!r}.")
+        raise UserError(f"{where}: {key} cannot be {shortened(data[key])}.")
     if not data["prompt"].strip():
         raise UserError(f"{where}: the prompt is empty.")
+    try:
+        check_prompt(data["prompt"])
+        check_text(data.get("negative_prompt", ""), "negative prompt")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     fields = {key: data[key] for key in data if key in SETTINGS}
     for key in ("guidance", "true_cfg"):
         try:
@@ -95,16 +127,14 @@ def _row(data: dict[str, Any], line: int, where: str) -> PromptRow:
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """(number, text) of every line that is not blank, as it stands. UserError where the file cannot be read, or holds
-    none."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"Cannot read {path}: it is not UTF-8 text (line {line}).") from error
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # not splitlines(): see above
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    none, or more than MAX_LINES."""
+    text = io.StringIO(reading.read_text(path, most=reading.LARGE, pipes=True), newline=None)
+    numbered = []
+    for number, line in enumerate(text, 1):  # not splitlines(): see above
+        if line.strip():
+            numbered.append((number, line.removesuffix("\n")))
+        if len(numbered) > MAX_LINES:
+            raise UserError(f"{path}, line {number}: {MAX_LINES} prompts are the most of one file; split it.")
     if not numbered:
         raise UserError(f"{path} holds no prompt.")
     return numbered
@@ -112,13 +142,13 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object with a "prompt") of every line of a JSONL file."""
+    return _objects(read_lines(path), path)
+
+
+def _objects(lines: Iterable[tuple[int, str]], path: Path) -> list[tuple[int, dict[str, Any]]]:
     rows = []
-    for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # an escape such as \ud800 alone is half a character
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error}).") from error
+    for number, line in lines:
+        row = reading.parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict) or "prompt" not in row:
             raise UserError(f'{path}, line {number}: each line must be an object with a "prompt".')
         rows.append((number, row))

@@ -49,7 +49,11 @@ def read_bytes(path: Path, *, most: int = SMALL, remedy: str = "", pipes: bool =
 def read_text(path: Path, *, most: int = SMALL, remedy: str = "", pipes: bool = False) -> str:
     """The text of a file: UTF-8, or what its byte order mark says, which is no part of it. Line ends stay as they are.
     UserError where it is no text, with the line."""
-    data = read_bytes(path, most=most, remedy=remedy, pipes=pipes)
+    return as_text(read_bytes(path, most=most, remedy=remedy, pipes=pipes), path, remedy)
+
+
+def as_text(data: bytes, path: Path | str, remedy: str = "") -> str:
+    """The text that the bytes of a file, or of what is called so, stand for, as `read_text` gives it."""
     encoding = next((name for mark, name in ENCODINGS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
@@ -61,6 +65,14 @@ def read_text(path: Path, *, most: int = SMALL, remedy: str = "", pipes: bool = 
     if zero >= 0:
         raise unreadable(path, f"it is not text: line {text[:zero].count(chr(10)) + 1} holds a zero byte", remedy)
     return text
+
+
+def entries(folder: Path, remedy: str = "") -> list[Path]:
+    """What is in a folder, in the order of names."""
+    try:
+        return sorted(folder.iterdir())
+    except (OSError, ValueError) as error:
+        raise unreadable(folder, reason(error), remedy) from error
 
 
 def read_json(path: Path, *, most: int = SMALL, remedy: str = "") -> Any:
@@ -158,7 +170,7 @@ def reason(error: BaseException) -> str:
     return shortened(" ".join(str(error).split()) or type(error).__name__, 160, quote=False)
 
 
-def unreadable(path: Path, wrong: str, remedy: str = "") -> UserError:
+def unreadable(path: Path | str, wrong: str, remedy: str = "") -> UserError:
     """The error of a file that cannot be read."""
     return UserError(_sentence(f"Cannot read {path}: {wrong}", remedy))
 

@@ -5,14 +5,14 @@ default. Out: `SamplingRequest`, or a UserError of one sentence. Nothing here co
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from flux_jax import validation
 from flux_jax.config import FluxConfig
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +70,24 @@ class SamplingRequest:
         )
         if (prompt is None) == (prompt_embeds is None) or (prompt_embeds is None) != (pooled_prompt_embeds is None):
             raise UserError("Pass either a prompt, or both prompt_embeds and pooled_prompt_embeds.")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        count = len(prompts) if prompt_embeds is None else len(prompt_embeds)
+        prompts = _texts(prompt)
+        embeddings = None if prompt_embeds is None else _embeddings(config, prompt_embeds, pooled_prompt_embeds)
+        count = len(prompts) if embeddings is None else len(embeddings[0])
         one = negative_prompt is None or isinstance(negative_prompt, str)
-        negatives = [negative_prompt or ""] * count if one else list(negative_prompt)
+        negatives = [negative_prompt or ""] * count if one else _texts(negative_prompt)
         if len(negatives) != count or count == 0:
             raise UserError(
                 f"{count} prompts and {len(negatives)} negative prompts; pass one for each, or one for all."
             )
         if negative_prompt is not None and true_cfg_scale == 1:
             notices.append("negative_prompt has no effect while true_cfg_scale is 1; try 3 (2x slower).")
-        if num_images_per_prompt < 1:
-            raise UserError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}.")
+        if not validation.is_whole(num_images_per_prompt, 1, validation.MAX_PICTURES):
+            raise UserError(
+                f"num_images_per_prompt must be from 1 to {validation.MAX_PICTURES}, "
+                f"not {shortened(num_images_per_prompt)}."
+            )
         prompts = [validation.check_prompt(each) for each in prompts]
-        embeddings = None
-        if prompt_embeds is not None:
-            embeddings = _embeddings(config, prompt_embeds, pooled_prompt_embeds, count)
+        negatives = [validation.check_text(each, "negative prompt") for each in negatives]
         seeds = validation.seeds_of(seed, count * num_images_per_prompt)
         tokens = height * width // config.pixels_per_token**2
         return cls(
@@ -93,10 +95,10 @@ class SamplingRequest:
             seeds=tuple(seeds),
             height=height,
             width=width,
-            steps=steps,
-            guidance=guidance,
-            true_cfg=true_cfg_scale,
-            max_sequence_length=length,
+            steps=int(steps),
+            guidance=float(guidance),
+            true_cfg=float(true_cfg_scale),
+            max_sequence_length=int(length),
             negative_prompts=tuple(each for each in negatives for _ in range(num_images_per_prompt))
             if true_cfg_scale > 1
             else (),
@@ -106,11 +108,21 @@ class SamplingRequest:
         )
 
 
-def _embeddings(config: FluxConfig, text: Any, pooled: Any, count: int) -> tuple[Any, Any]:
+def _texts(given: Any) -> list[Any]:
+    """One text, several, or none (None), as a list."""
+    if given is None or isinstance(given, str):
+        return [] if given is None else [given]
+    if not isinstance(given, Iterable):
+        raise UserError(f"A prompt must be text, or a list of texts, not {shortened(given)}.")
+    return list(given)
+
+
+def _embeddings(config: FluxConfig, text: Any, pooled: Any) -> tuple[Any, Any]:
     """(text [b, t, d], pooled [b, p]) of the prompts, checked."""
-    text, pooled = (each if hasattr(each, "ndim") else np.asarray(each) for each in (text, pooled))
+    arrays = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
+    text, pooled = (each if hasattr(each, "ndim") else _numbers(each, name) for name, each in arrays.items())
     dims = config.transformer
-    if text.ndim != 3 or pooled.shape != (count, dims.pooled_dim) or text.shape[2] != dims.text_dim:
+    if text.ndim != 3 or pooled.shape != (len(text), dims.pooled_dim) or text.shape[2] != dims.text_dim:
         raise UserError(
             f"prompt_embeds must be [b, t, {dims.text_dim}] and pooled_prompt_embeds [b, {dims.pooled_dim}], "
             f"not {list(text.shape)} and {list(pooled.shape)}."
@@ -119,9 +131,17 @@ def _embeddings(config: FluxConfig, text: Any, pooled: Any, count: int) -> tuple
 
 
 def _noise(config: FluxConfig, latents: Any, images: int, tokens: int) -> np.ndarray:
-    noise, shape = np.asarray(latents, np.float32), (images, tokens, config.transformer.in_channels)
+    noise, shape = _numbers(latents, "latents"), (images, tokens, config.transformer.in_channels)
     if noise.shape != shape:
         raise UserError(
             f"latents must be packed tokens {list(shape)} (pictures, tokens, channels), not {list(noise.shape)}."
         )
     return noise
+
+
+def _numbers(given: Any, name: str) -> np.ndarray:
+    """What numpy takes for numbers, as float32."""
+    try:
+        return np.asarray(given, np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{name} must be an array of numbers, not {shortened(given)}.") from error

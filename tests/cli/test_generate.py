@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from flux_jax.checkpoints.checkpoint import Checkpoint
-from flux_jax.cli import arguments, dry_run, generate, requests
-from flux_jax.io import atomic, png
+from flux_jax.cli import arguments, dry_run, generate
+from flux_jax.errors import UserError, shortened
+from flux_jax.io import png
 from flux_jax.runtime import memory
 from flux_jax.sampling.pipeline import FluxPipeline
 
@@ -107,7 +108,7 @@ def test_record_holds_all_it_takes_to_repeat(run, model):
     assert text.startswith("a red “circle”\nSteps: 2, ")
     assert "Seed: 7, Size: 32x48" in text
 
-    status, out, _ = run("-C", "first.png", "-o", "again.png", default_model=False)  # model and all from the record
+    status, out, _ = run("-C", "first.png", "-o", "again.png")  # but for the model all from the record
     assert (status, out) == (0, "again.png\n")
     np.testing.assert_array_equal(pixels("again.png"), pixels("first.png"))
     assert png.read_record(Path("again.png")) == record
@@ -205,7 +206,7 @@ def test_prompts_from_json_lines(run, snapshot_message):
 
 
 def test_stdin(run, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a red circle\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa red circle\n")))
     run("-", "--seed", 7, "-o", "{prompt}.png")
     assert png.read_record(Path("a-red-circle.png"))["prompt"] == "a red circle"
 
@@ -251,10 +252,19 @@ BAD = [  # what is typed, and what the sentence must name
     (("x", "--steps", "1001"), "1001"),
     (("x", "-g", "nan"), "nan"),
     (("x", "--true-cfg", "0"), "0.0"),
-    (("x", "--seed", "-1"), "-1"),
+    (("x", "--seed", "-2"), "-2"),
     (("x", "--seed", "4294967296"), "4294967296"),
     (("x", "--seed", "4294967295", "-b", "2"), "4294967296"),
     (("--seed", "abc"), "abc"),
+    (("x", "--seed", "9" * 5000), "64 bits"),
+    (("x", "--size", "9" * 5000 + "x1"), "--size"),
+    (("x", "--mesh", "data=" + "9" * 5000), "--mesh"),
+    (("x", "--steps", "9" * 5000), "--steps"),
+    (("x", "--num-images", "1000000000"), "100000"),
+    (("x", "y", "--num-images", "60000"), "120000"),
+    (("a\udce9b",), "UTF-8"),
+    (("x", "-n", "a\udce9b"), "negative prompt"),
+    (("x" * 100_001,), "100001"),
     (("x", "--num-images", "0"), "--num-images"),
     (("x", "--seed", "1", "2", "--num-images", "2"), "--num-images"),
     (("x", "--max-sequence-length", "13"), "12"),
@@ -262,6 +272,11 @@ BAD = [  # what is typed, and what the sentence must name
     (("x", "-o", "a.jpg"), "a.jpg"),
     (("x", "-o", "{what}.png"), "{seed}"),
     (("x", "-o", "{seed"), "{seed}"),
+    (("x", "-o", "{prompt.__class__}.png"), "{seed}"),
+    (("x", "-o", "{prompt:>9999999999}.png"), "{seed}"),
+    (("x", "-o", "n" * 300 + ".png"), "bytes"),
+    (("x", "-o", "n" * 300 + "/a.png"), "too long"),
+    (("x", "-o", "{prompt:.0}"), "folder"),
     (("x", "y", "-o", "{prompt:.1}{seed:.0f}.png", "--seed", "1", "1"), "x1.png"),
     (("x", "-q", "-v"), "-q"),
     (("x", "--nonsense"), "--nonsense"),
@@ -273,6 +288,8 @@ BAD = [  # what is typed, and what the sentence must name
     (("--prompts-file", "list.jsonl"), "list.jsonl, line 1"),
     (("--prompts-file", "type.jsonl"), "type.jsonl, line 1"),
     (("--prompts-file", "blank.jsonl"), "blank.jsonl, line 1"),
+    (("--prompts-file", "steps.jsonl"), "steps.jsonl, line 2"),
+    (("--prompts-file", "seeds.jsonl"), "seeds.jsonl, line 1"),
     (("--prompts-file", "binary.txt"), "binary.txt"),
     (("-C", "missing.png"), "missing.png"),
     (("-C", "empty.txt"), "empty.txt"),
@@ -282,13 +299,15 @@ BAD = [  # what is typed, and what the sentence must name
 ]
 
 
-@pytest.mark.parametrize(("argv", "named"), BAD, ids=[" ".join(argv) for argv, _ in BAD])
+@pytest.mark.parametrize(("argv", "named"), BAD, ids=[shortened(" ".join(argv), quote=False) for argv, _ in BAD])
 def test_bad_input_is_one_sentence(run, argv, named, tmp_path, snapshot_message):
     Path("empty.txt").write_text("\n# nothing\n")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
     Path("broken.jsonl").write_text('{"prompt": "x"}\n{"prompt"\n')
     Path("list.jsonl").write_text("[1]\n")
     Path("type.jsonl").write_text('{"prompt": "x", "seed": "7"}\n')
+    Path("steps.jsonl").write_text('{"prompt": "x"}\n{"prompt": "x", "steps": 0}\n')
+    Path("seeds.jsonl").write_text('{"prompt": "x", "seed": 648312782957426}\n')
     Path("blank.jsonl").write_text('{"prompt": " "}\n')
     Path("foreign.json").write_text('{"format": 99}')
     Path("partial.json").write_text('{"format": 1, "prompt": "x", "seed": "7"}')
@@ -300,6 +319,92 @@ def test_bad_input_is_one_sentence(run, argv, named, tmp_path, snapshot_message)
     assert err.count("\n") == 1, "one sentence"
     snapshot_message(err, named)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_picture_chooses_among_the_packages_models_only(run, model, snapshot_message):
+    """A stranger's picture may name any folder; none is opened unasked."""
+    run("a red circle", "--seed", 7, "-o", "first.png")
+    snapshot_message(run("-C", "first.png", "-o", "a.png", default_model=False)[2], "first.png", "--model PATH")
+    args, record = arguments.parse(["-C", "first.png"]), png.read_record(Path("first.png"))
+
+    def opened(name):
+        return generate.open_session(args, record | {"model": record["model"] | {"id": name}}).name
+
+    assert [opened(name) for name in ("nano", "nano-bf16", None)] == ["nano", "nano-bf16", "nano"]
+    for name in ("./nano", "..", "\x1b[2J" + "/x" * 900):
+        with pytest.raises(UserError, match="a picture opens no folder") as caught:
+            opened(name)
+        assert str(caught.value).isprintable()
+
+
+def test_a_key_of_a_record_that_is_not_known_is_said(run):
+    run("a red circle", "--seed", 7, "-o", "first.png", "-q")
+    Path("r.json").write_text(json.dumps(png.read_record(Path("first.png")) | {"lora": "x"}))
+    assert "leaves out: lora." in run("-C", "r.json", "--steps", 0)[2]
+
+
+def test_json_tells_what_was_made_before_a_failure(run, monkeypatch):
+    draw, drawn = FluxPipeline.draw, []
+
+    def fail_at_the_second(*given, **named):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(draw(*given, **named))
+        return drawn[0]
+
+    monkeypatch.setattr(FluxPipeline, "draw", fail_at_the_second)
+    status, out, _ = run("a red circle", "a blue square", "--seed", 7, "-o", "{i}.png", "--json")
+    report = json.loads(out)
+    assert (status, [image["path"] for image in report["images"]]) == (130, ["0.png"])
+    assert report["error"] == "KeyboardInterrupt" and Path("0.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_goes_elsewhere_and_the_rest_is_drawn(run, monkeypatch):
+    draw = FluxPipeline.draw
+
+    def twin(*given, **named):
+        Path("0.png").write_bytes(b"another's")
+        return draw(*given, **named)
+
+    monkeypatch.setattr(FluxPipeline, "draw", twin)
+    status, out, err = run("a red circle", "a blue square", "--seed", 7, "-o", "{i}.png")
+    assert (status, out) == (2, "0-2.png\n1.png\n")
+    assert "0.png exists" in err and "the picture is 0-2.png now" in err
+    assert Path("0.png").read_bytes() == b"another's"
+    assert png.read_record(Path("0-2.png"))["prompt"] == "a red circle"
+
+
+def test_what_a_twin_made_of_the_same_prompts_file_is_skipped(run, monkeypatch):
+    Path("few.txt").write_text("a red circle\na blue square\n")
+    run("--prompts-file", "few.txt", "-o", "twin/", "--seed", 7)
+    draw = FluxPipeline.draw
+
+    def twin(*given, **named):
+        Path("out").mkdir(exist_ok=True)
+        Path("out/00000.png").write_bytes(Path("twin/00000.png").read_bytes())
+        return draw(*given, **named)
+
+    monkeypatch.setattr(FluxPipeline, "draw", twin)
+    command = ("--prompts-file", "few.txt", "-o", "out/", "--seed", 7, "--json")
+    status, out, err = run(*command)
+    report = json.loads(out)
+    assert (status, report["skipped"]) == (0, ["out/00000.png"])
+    assert [image["path"] for image in report["images"]] == ["out/00001.png"]
+    assert "out/00000.png was made by another process meanwhile" in err
+    Path("out/00001.png").write_bytes(b"no picture")
+    status, _, err = run(*command)
+    assert status == 2 and err.startswith(
+        "Cannot read out/00001.png: it is not a readable PNG picture; choose another -o"
+    )
+
+
+def test_another_dtype_is_another_picture(run):
+    Path("few.txt").write_text("a red circle\n")
+    command = ("--prompts-file", "few.txt", "-o", "out/", "--seed", 7)
+    assert run(*command)[0] == 0
+    assert run(*command, "--dtype", "float32")[0] == 0
+    status, _, err = run(*command, "--dtype", "bfloat16")
+    assert status == 2 and "another dtype" in err
 
 
 def test_missing_model(run, snapshot_message):
@@ -345,24 +450,6 @@ def test_interrupted(run, monkeypatch):
     assert run("a red circle")[0] == 130
 
 
-def test_killed_while_writing_leaves_no_picture(tmp_path, monkeypatch, snapshot_message):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "link", full)
-    monkeypatch.setattr(os, "replace", full)
-    with snapshot_message.raises(png.UserError, tmp_path / "a.png"):
-        atomic.write_whole(tmp_path / "a.png", b"data", overwrite=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "name"), [("A Red circle!", "a-red-circle"), ("../..", "picture"), ("é" * 99, "é" * 60), ("", "picture")]
-)
-def test_slug(text, name):
-    assert requests.slug(text) == name
-
-
 def test_help_version_and_list_need_no_model(run):
     for argv in (["--help"], ["--version"]):
         with pytest.raises(SystemExit) as stopped:
@@ -397,6 +484,6 @@ def test_second_process_compiles_nothing_and_repeats_the_bits(model, tmp_path):
     assert out == "cold.png\n"
     assert misses > 0
     assert list((tmp_path / "cache" / "xla").iterdir())
-    out, again, hits = process("-C", "cold.png", "-o", "warm.png", "--device", "cpu")
+    out, again, hits = process("-C", "cold.png", "-o", "warm.png", "-m", model, "--device", "cpu")
     assert (again, hits) == (0, misses)
     np.testing.assert_array_equal(pixels(tmp_path / "warm.png"), pixels(tmp_path / "cold.png"))

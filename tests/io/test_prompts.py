@@ -5,6 +5,7 @@ import functools
 import hashlib
 import http.server
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -69,12 +70,28 @@ ODD = {  # a file's name, what is in it, its prompts
         ['"a" b "c', "d", "# no comment"],
     ),
     "twice.tsv": ("prompt\na\na\n", ["a", "a"]),
+    "braces.txt": ("{a red circle}\n{}\n", ["{a red circle}", "{}"]),
+    "objects": ('{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"]),
 }
 FAULTY = {  # a file's name, what is in it, what is said of it
     "empty.txt": (" \n\n", "empty.txt holds no prompt."),
     "comments.txt": ("# a\n", "comments.txt holds no prompt."),
-    "table.csv": ("prompt\na\n", "table.csv: prompts come in .txt, .jsonl or .tsv files, not in '.csv'."),
-    "list.json": ("[]", "list.json: prompts come in .txt, .jsonl or .tsv files, not in '.json'."),
+    "table.csv": (
+        "prompt\na\n",
+        "table.csv: prompts come in .txt, .jsonl or .tsv files, not in '.csv'; save it as tab-",
+    ),
+    "list.json": ("[]", "list.json: prompts come in .txt, .jsonl or .tsv files, not in '.json'; write each prompt"),
+    "mine.md": ("a\n", "mine.md: prompts come in .txt, .jsonl or .tsv files, not in '.md'."),
+    "objects.txt": ('\n{"prompt": "a"}\n', "objects.txt, line 2: this is a JSON object; name the file .jsonl."),
+    "long.txt": ("a\n" + "b" * 100_001, "long.txt, line 2: The prompt has 100001 characters"),
+    "zero.jsonl": ('{"prompt": "a\\u0000"}', "zero.jsonl, line 1: The prompt holds a zero byte"),
+    "negative.jsonl": (
+        '{"prompt": "a", "negative_prompt": "\\u0000"}',
+        "negative.jsonl, line 1: The negative prompt holds",
+    ),
+    "twice.jsonl": ('{"prompt": "a", "prompt": "b"}', "twice.jsonl, line 1: not valid JSON ("),
+    "digits.jsonl": (f'{{"prompt": "a", "seed": {"9" * 5000}}}', "digits.jsonl, line 1: not valid JSON ("),
+    "terminal.jsonl": ('{"prompt": "a", "seed": "\\u001b[2J"}', "terminal.jsonl, line 1: seed cannot be '\\x1b[2J'."),
     "headless.tsv": ("a\tb\nc\td\n", "headless.tsv, line 1: the heading must name the column Prompt"),
     "late.tsv": ("\nprompt\na\n", "late.tsv, line 1: the heading must name the column Prompt"),
     "short.tsv": ("x\tprompt\na\tb\nc\n", "short.tsv, line 3: the prompt is empty."),
@@ -155,12 +172,12 @@ def test_every_program_reads_the_same_prompts(read_by, tmp_path, user, name):
 def test_every_program_says_the_same_of_what_is_no_prompt_file(read_by, tmp_path, user, name):
     if name == "binary.txt":
         (tmp_path / name).write_bytes(b"a\nb\n\xff\xfe\n")
-        said = "Cannot read binary.txt: it is not UTF-8 text (line 3)."
+        said = "Cannot read binary.txt: it is not UTF-8 text (line 3); save it as UTF-8."
     elif name == "missing.txt":
         said = "Cannot read missing.txt: No such file or directory."
     elif name == "folder.txt":
         (tmp_path / name).mkdir()
-        said = "Cannot read folder.txt: Is a directory."
+        said = "Cannot read folder.txt: it is a folder, not a file."
     else:
         text, said = FAULTY[name]
         write(tmp_path / name, text)
@@ -168,6 +185,32 @@ def test_every_program_says_the_same_of_what_is_no_prompt_file(read_by, tmp_path
     assert status == 2
     assert err.startswith(said) and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_encodings_with_a_mark(tmp_path, encoding):
+    (tmp_path / "a.txt").write_bytes("# mine\r\nein Kätzchen 猫\r\n".encode(encoding))
+    assert prompts.read(tmp_path / "a.txt") == ["ein Kätzchen 猫"]
+
+
+def test_a_shells_pipe_is_read_and_any_other_is_not(tmp_path):
+    reader, writer = os.pipe()
+    os.write(writer, b"a\nb\n")
+    os.close(writer)
+    assert prompts.read(Path(f"/dev/fd/{reader}")) == ["a", "b"]
+    os.close(reader)
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").symlink_to("/dev/zero")
+    for name, what in (("a.txt", "a pipe"), ("b.txt", "a device")):
+        with pytest.raises(UserError, match=f"{name}: it is {what}, not a file"):
+            prompts.read(tmp_path / name)
+
+
+def test_too_many_prompts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "MAX_LINES", 2)
+    assert len(prompts.read(write(tmp_path / "a.txt", "a\n\nb\n\n"))) == 2
+    with pytest.raises(UserError, match=r"a.txt, line 4: 2 prompts are the most of one file; split it"):
+        prompts.read(write(tmp_path / "a.txt", "a\n\nb\nc\n"))
 
 
 def test_what_a_line_says_of_its_picture(tmp_path):
