@@ -132,7 +132,8 @@ class Checkpoint:
         if self.manifest["tokenizers"] is None:
             raise UserError(f"{self.directory} has no tokenizers: convert it again with its tokenizers")
         folder = self.directory / self.manifest["tokenizers"]
-        checksums.compare(self.directory, self._sums, tree.files(self.directory, folder))
+        listed = {self.directory / name for name in self._sums or {} if folder in (self.directory / name).parents}
+        checksums.compare(self.directory, self._sums, sorted(listed.union(tree.files(self.directory, folder))))
         return folder
 
     def table(self, component: str) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -253,7 +254,9 @@ class Checkpoint:
             tree.files(self.directory, self._path(component))
 
             def stored(path: Path) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-                flat: dict[str, Any] = traverse_util.flatten_dict(ocp.metadata(path).metadata or {}, sep=".")
+                if not (found := ocp.metadata(path).metadata):
+                    raise ValueError("its metadata is lost")
+                flat: dict[str, Any] = traverse_util.flatten_dict(found, sep=".")
                 return {name: (jnp.dtype(each.dtype), tuple(each.shape)) for name, each in flat.items()}
 
             faults = integrity.faults_of_files(table, self._orbax(component, stored))

@@ -20,6 +20,12 @@ def inside(directory: Path, relative: str, where: Path) -> Path:
     path = directory / relative
     if Path(relative).is_absolute() or ".." in Path(relative).parts or leads_out(directory, path):
         raise UserError(f"{where}: the path {shortened(relative)} leaves the checkpoint, which is refused")
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: the path {shortened(relative)} cannot be used ({reason(error)})") from error
     return path
 
 
