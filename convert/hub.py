@@ -130,6 +130,11 @@ def _asked(repo: str, call: Callable[[], Any]) -> Any:
         elif code in (401, 403):
             reason = f"the hub refuses, {status}"
             message = f"{repo}: the hub refuses ({status}): accept the licence at {url} and log in again"
+        elif isinstance(error, errors.OfflineModeIsEnabled):
+            reason = "offline mode is on, HF_HUB_OFFLINE"
+            message = (
+                f"{repo} cannot be fetched ({reason}): unset it, or download the model elsewhere and give its folder"
+            )
         elif disk_is_full(error):
             message = (
                 f"{repo} cannot be fetched ({reason}): free some space, or set HF_HOME to a folder on another disk"
