@@ -4,8 +4,12 @@ Progress, warnings and errors go to stderr; stdout gets the path of what was wri
 missing or gated weights.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from flux_jax.cli.launch import launch
+
+    launch("convert.__main__")
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from flux_jax.errors import UserError
 from flux_jax.io.atomic import WholeFolder
 from flux_jax.models.params import COMPONENTS
 from flux_jax.models.quantize import METHODS, quantization_report
+from flux_jax.runtime.environment import set_environment
 
 DTYPES = ("bfloat16", "float32", "float16")
 EPILOG = """\
@@ -38,7 +43,9 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
-        "source", help="a diffusers folder or hub name OWNER/NAME, or a .safetensors file: a transformer, or all in one"
+        "source",
+        type=source,
+        help="a diffusers folder or hub name OWNER/NAME, or a .safetensors file: a transformer, or all in one",
     )
     p.add_argument("out", type=path, help="the directory to write; it appears when it is complete")
     p.add_argument(
@@ -68,6 +75,11 @@ def parser() -> Parser:
     return p
 
 
+def source(text: str) -> str:
+    """SOURCE, which may be a path, "~" and all, or a name on the hub."""
+    return str(path(text)) if text.startswith("~") else text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     return guarded(run, argv, interrupted="interrupted: nothing was left behind; run the same command again")
@@ -76,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str]) -> None:
     """What the arguments ask for. Raises UserError."""
     args = parser().parse_args(argv)
+    set_environment("cpu")  # all that it computes, wherever pictures are made
     warnings = to_diffusers(args) if args.to == "diffusers" else to_checkpoint(args)
     for warning in warnings:
         say(f"warning: {warning}")
@@ -110,7 +123,7 @@ def to_checkpoint(args: argparse.Namespace) -> list[str]:
         "overwrite": args.overwrite,
         "quiet": args.quiet,
     }
-    options = {component: path for component in COMPONENTS if (path := getattr(args, component, None)) is not None}
+    options = {each: getattr(args, each) for each in COMPONENTS if getattr(args, each) is not None}
     if args.ternary is not None and is_checkpoint(args.source):
         if options or args.tokenizers or args.config:
             raise UserError(
@@ -131,19 +144,15 @@ def published(args: argparse.Namespace, components: tuple[str, ...] | None, opti
     come from elsewhere."""
     from convert import hub, sources
 
-    source, origin = Path(args.source), None
+    place, origin = Path(args.source), None
     if hub.is_hub_name(args.source):
         needed = [component for component in components or COMPONENTS if component not in options]
-        source, origin = hub.fetch(args.source, needed), args.source
+        place, origin = hub.fetch(args.source, needed), args.source
     return sources.find(
-        source,
+        place,
         options=options,
         tokenizers=args.tokenizers,
         components=components,
         config=args.config,
         origin=origin,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

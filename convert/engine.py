@@ -11,15 +11,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from convert.rules import FORMATS, Format, Rule
 from flux_jax.config import FluxConfig
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, shortened
 from flux_jax.io.safetensors import FLOATS, Source
 from flux_jax.models.params import abstract_component, leaf_table
 
 SHOWN = 40  # faults printed before "and N more"
+KEPT = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))  # what floating weights are stored as
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ def conversion_error(faults: Iterable[str], what: str) -> UserError:
 
 
 def detect(component: str, names: Iterable[str]) -> Format | None:
-    """The format whose mark is in one of the names."""
+    """The format whose mark is found in one of the names."""
     names = list(names)
-    return next((f for f in FORMATS[component] if any(f.mark in name for name in names)), None)
+    return next((f for f in FORMATS[component] if any(re.search(f.mark, name) for name in names)), None)
 
 
 def expected(component: str, fmt: Format, config: FluxConfig, table: dict[str, tuple[int, ...]]) -> dict[str, Weight]:
@@ -111,6 +113,7 @@ def map_weights(component: str, config: FluxConfig, source: Source) -> WeightMap
     weights = expected(component, fmt, config, leaf_table(abstract_component(component, config)))
     renamed, faults = _normal_names(source, fmt)
     needed = {piece.name: piece.shape for weight in weights.values() for piece in weight.pieces}
+    odd: dict[str, list[str]] = {}  # dtype -> names
     for name, shape in needed.items():
         if name not in renamed:
             if not source.faults:  # a lost shard has its own line; its tensors need none
@@ -118,11 +121,14 @@ def map_weights(component: str, config: FluxConfig, source: Source) -> WeightMap
             continue
         entry = source.entries[renamed[name]]
         if entry.shape != shape:
-            faults.append(f"wrong shape: {renamed[name]} is {list(entry.shape)}, must be {list(shape)}")
+            faults.append(f"wrong shape: {renamed[name]} is {shortened(list(entry.shape))}, must be {list(shape)}")
         if entry.dtype not in FLOATS:
-            faults.append(f"wrong dtype: {renamed[name]} is {entry.dtype}, must be one of {', '.join(FLOATS)}")
+            odd.setdefault(entry.dtype, []).append(renamed[name])
+    for dtype, names in odd.items():
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        faults.append(f"wrong dtype: {names[0]}{more} is {dtype}, must be one of {', '.join(FLOATS)}")
     faults += [
-        f"unknown: {renamed[name]} {list(source.entries[renamed[name]].shape)}"
+        f"unknown: {renamed[name]} {shortened(list(source.entries[renamed[name]].shape))}"
         for name in renamed
         if name not in needed
     ]
@@ -138,11 +144,13 @@ def _located(weight: Weight, renamed: dict[str, str]) -> Weight:
 def _normal_names(source: Source, fmt: Format) -> tuple[dict[str, str], list[str]]:
     """Name in the rules -> name in the file: prefix taken off, second names resolved, ignored names left out."""
     prefix = next((p for p in fmt.prefixes if p and any(n.startswith(p) for n in source.entries)), "")
-    renamed = {}
+    renamed: dict[str, str] = {}
+    faults = []
     for name in source.entries:
         if not any(re.fullmatch(pattern, name) for pattern in fmt.ignored):
-            renamed[name.removeprefix(prefix)] = name
-    faults = []
+            first = renamed.setdefault(name.removeprefix(prefix), name)
+            if first != name:
+                faults.append(f"{first} and {name} are one weight, and both are there")
     for alias, name in fmt.aliases:
         if alias in renamed:
             second = renamed.pop(alias)
@@ -152,17 +160,36 @@ def _normal_names(source: Source, fmt: Format) -> tuple[dict[str, str], list[str
     return renamed, faults
 
 
+def stored_as(source: Source, weight: Weight) -> list[np.dtype]:
+    """The dtype of each of its pieces in the files."""
+    return [np.dtype(FLOATS[source.entries[piece.name].dtype]) for piece in weight.pieces]
+
+
+def kept_as(stored: Iterable[np.dtype]) -> np.dtype:
+    """The dtype of a weight that keeps what its pieces hold: the smallest of bfloat16, float16 and float32 that does,
+    and float32 where none does, for float64."""
+    return next((dtype for dtype in KEPT if all(exact(each, dtype) for each in stored)), KEPT[-1])
+
+
+def exact(stored: np.dtype, dtype: np.dtype) -> bool:
+    """Whether each finite number of the one floating dtype is one of the other."""
+    a, b = ml_dtypes.finfo(stored), ml_dtypes.finfo(dtype)
+    within = float(a.max) <= float(b.max) and float(a.smallest_subnormal) >= float(b.smallest_subnormal)
+    return within and a.nmant <= b.nmant
+
+
 def read_weight(source: Source, weight: Weight, dtype: Any = None) -> np.ndarray:
-    """One weight in `dtype` (None: the widest of its pieces'), its pieces read one after the other. The caller has
-    checked the plan."""
-    stored = [np.dtype(FLOATS[source.entries[piece.name].dtype]) for piece in weight.pieces]
-    dtype = max(stored, key=lambda d: d.itemsize) if dtype is None else dtype
+    """One weight in `dtype` (None: as `kept_as` says), its pieces read one after the other. The caller has checked the
+    plan."""
+    stored = stored_as(source, weight)
+    dtype = kept_as(stored) if dtype is None else dtype
     out = np.empty(weight.shape, dtype)
     for piece, found in zip(weight.pieces, stored, strict=True):
         rows = out[piece.start : piece.stop]
         value = source.read(piece.name, rows if found == dtype else None)
         if value is not rows:
-            rows[...] = value.reshape(rows.shape)
+            with np.errstate(over="ignore"):  # infinity, which the caller looks for
+                rows[...] = value.reshape(rows.shape)
     if weight.change == "swap":
         out = np.concatenate(np.split(out, 2)[::-1])
     return out

@@ -27,7 +27,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Format:
-    """One published layout of one component. It is this one when a name contains `mark`."""
+    """One published layout of one component. It is this one when the regular expression `mark` is found in a name."""
 
     name: str
     mark: str
@@ -51,7 +51,7 @@ THIRDS = (1, 1, 1)
 
 TRANSFORMER_DIFFUSERS = Format(
     "diffusers transformer",
-    "transformer_blocks.",
+    r"^(single_)?transformer_blocks\.\d",
     (
         *_embedder("time_in", "time_text_embed.timestep_embedder"),
         *_embedder("vector_in", "time_text_embed.text_embedder"),
@@ -110,7 +110,7 @@ def _bfl_norms(ours: str, theirs: str) -> tuple[Rule, ...]:
 
 TRANSFORMER_BFL = Format(
     "BFL transformer",
-    "double_blocks.",
+    r"^(double|single)_blocks\.\d",
     (
         *same(
             "",
@@ -132,12 +132,11 @@ TRANSFORMER_BFL = Format(
         ),
         *_bfl_norms("single_blocks.*.", "single_blocks.*.norm."),
     ),
-    prefixes=("", "model.diffusion_model."),
 )
 
 T5_HF = Format(
     "transformers T5",
-    "SelfAttention",
+    r"^encoder\.block\.\d+\.layer\.0\.SelfAttention\.",
     (
         Rule("token_embedding", ("shared",)),
         Rule("relative_attention_bias", ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias",)),
@@ -153,7 +152,7 @@ T5_HF = Format(
 
 CLIP_HF = Format(
     "transformers CLIP text",
-    "self_attn",
+    r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.",
     (
         *same("", "embeddings.", {"token_embedding": "token_embedding", "position_embedding": "position_embedding"}),
         Rule("final_norm", ("final_layer_norm",)),
@@ -198,7 +197,7 @@ def _vae_half(half: str, level: str, resample: str) -> tuple[Rule, ...]:
 
 VAE_DIFFUSERS = Format(
     "diffusers autoencoder",
-    "mid_block.",
+    r"^(en|de)coder\.mid_block\.",
     (*_vae_half("encoder", "down_blocks", "downsamplers"), *_vae_half("decoder", "up_blocks", "upsamplers")),
 )
 
@@ -217,7 +216,7 @@ def _vae_half_bfl(half: str, level: str, resample: str) -> tuple[Rule, ...]:
 
 VAE_BFL = Format(
     "BFL autoencoder",
-    "mid.attn_1.",
+    r"^(en|de)coder\.mid\.attn_1\.",
     (*_vae_half_bfl("encoder", "down.*", "downsample"), *_vae_half_bfl("decoder", "up.~", "upsample")),
 )
 

@@ -6,17 +6,16 @@ Memory: the largest source tensor, in the source's dtype and in the target's, wh
 holds, for a checkpoint what is read of it at a time, and fixed overhead.
 """
 
-import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from convert.engine import WeightMap, conversion_error, map_weights, read_weight
+from convert.engine import WeightMap, conversion_error, exact, kept_as, map_weights, read_weight, stored_as
 from convert.sources import Model, licence_files
 from convert.tokenizers import ensure_tokenizer_json
 from convert.weight_format import WeightFormat
@@ -25,41 +24,47 @@ from flux_jax.checkpoints.checksums import digest
 from flux_jax.checkpoints.manifest import MANIFEST, TOKENIZERS
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.checkpoints.writer import CheckpointWriter
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, printable
+from flux_jax.io.atomic import check_space
 from flux_jax.io.safetensors import Source
 
 MARGIN = 1.01  # of disk space beyond the weights, for the files around them
-BFLOAT16 = WeightFormat()
+AS_STORED = WeightFormat()
 T = TypeVar("T")
 
 
 def convert(
-    model: Model, out: Path, *, form: WeightFormat = BFLOAT16, overwrite: bool = False, quiet: bool = False
+    model: Model, out: Path, *, form: WeightFormat = AS_STORED, overwrite: bool = False, quiet: bool = False
 ) -> list[str]:
-    """Writes the checkpoint `out`; returns warnings (weights with NaN or infinity). UserError with all faults."""
-    sources = {component: Source.from_path(path) for component, path in model.paths.items()}
-    plans = {component: map_weights(component, model.config, source) for component, source in sources.items()}
+    """Writes the checkpoint `out`; returns warnings (what was rounded, weights with NaN or infinity, the model's
+    notes). UserError with all faults."""
+    plans = {component: map_weights(component, model.config, source) for component, source in model.sources.items()}
     if faults := [f"{component}: {fault}" for component, plan in plans.items() for fault in plan.faults]:
         raise conversion_error(faults, f"{model.origin} cannot be converted")
-    shapes = {
-        component: {path: weight.shape for path, weight in plan.weights.items()} for component, plan in plans.items()
+    stored = {
+        component: {path: stored_as(model.sources[component], weight) for path, weight in plan.weights.items()}
+        for component, plan in plans.items()
     }
+    tables = {
+        component: {path: (kept_as(stored[component][path]), weight.shape) for path, weight in plan.weights.items()}
+        for component, plan in plans.items()
+    }
+    total = _size(tables, form)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        _check_space(out, _size(shapes, form))
+        check_space(out, int(MARGIN * total))
         tokenizers = _tokenizers(model, writer.working / TOKENIZERS)
-        files = [file for source in sources.values() for file in source.files]
-        hashes = in_background(lambda: {file: digest(file) for file in files})
-        warnings = []
-        with _progress(_size(shapes, form), quiet) as bar:
+        hashes = in_background(lambda: {name: digest(file) for name, file in _recorded(model).items()})
+        warnings = [*model.notes, *_narrowed(stored, tables, form)]
+        with _progress(total, quiet) as bar:
             for component, plan in plans.items():
-                warnings += _write(writer, component, _weights(plan, sources[component], form), form, bar)
+                warnings += _write(writer, component, _weights(plan, model.sources[component], form), form, bar)
             bar.set_description("hashing")
             sha256 = hashes.result()
         writer.finish(
             model.config,
             tokenizers=tokenizers,
             quantization=form.quantization,
-            source={"from": model.origin, "sha256": {_relative(file, model): sha for file, sha in sha256.items()}},
+            source={"from": model.origin, "sha256": sha256},
             licence=model.licence,
             files=model.licence_files,
         )
@@ -80,17 +85,17 @@ def rewrite(
     stored = Checkpoint.open(name)
     if stored.quantization is not None:
         raise UserError(f"{stored.directory} has ternary weights already")
-    shapes = {
-        component: {n: shape for n, (_, shape) in stored.table(component).items()}
-        for component in components or stored.components
-    }
-    if "transformer" not in shapes:
+    tables = {component: stored.table(component) for component in components or stored.components}
+    if "transformer" not in tables:
         raise UserError(f"{stored.directory} has no transformer to round")
+    kinds = {component: {n: [dtype] for n, (dtype, _) in table.items()} for component, table in tables.items()}
+    warnings = _narrowed(kinds, tables, form)
+    files = licence_files(stored.directory, warnings)
+    total = _size(tables, form)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        _check_space(out, _size(shapes, form))
-        warnings = []
-        with _progress(_size(shapes, form), quiet) as bar:
-            for component, table in shapes.items():
+        check_space(out, int(MARGIN * total))
+        with _progress(total, quiet) as bar:
+            for component, table in tables.items():
                 weights = ((n, value, stored.directory.name) for n, value in stored.stream(component, table))
                 warnings += _write(writer, component, weights, form, bar)
         writer.finish(
@@ -99,13 +104,34 @@ def rewrite(
             quantization=form.quantization,
             source={"from": stored.directory.name, "sha256": {MANIFEST: stored.digest}},
             licence=stored.manifest.get("licence"),
-            files=licence_files(stored.directory),
+            files=files,
         )
     return warnings
 
 
-def _size(shapes: dict[str, dict[str, tuple[int, ...]]], form: WeightFormat) -> int:
-    return sum(form.nbytes(name, shape) for table in shapes.values() for name, shape in table.items())
+def _size(tables: Mapping[str, Mapping[str, tuple[np.dtype, tuple[int, ...]]]], form: WeightFormat) -> int:
+    return sum(form.nbytes(name, *row) for table in tables.values() for name, row in table.items())
+
+
+def _narrowed(
+    stored: Mapping[str, Mapping[str, list[np.dtype]]],
+    tables: Mapping[str, Mapping[str, tuple[np.dtype, tuple[int, ...]]]],
+    form: WeightFormat,
+) -> list[str]:
+    """A line for each pair of dtypes where weights lose digits or range; those that become ternary do so anyway."""
+    lost: dict[tuple[np.dtype, np.dtype], dict[str, None]] = {}
+    for component, weights in stored.items():
+        for name, pieces in weights.items():
+            dtype = form.stored(tables[component][name][0])
+            for each in pieces:
+                if not form.rounds(name) and not exact(each, dtype):
+                    lost.setdefault((each, dtype), {})[component] = None
+    lines = []
+    for (was, now), components in lost.items():
+        best = kept_as([was])
+        keeps = f"; --dtype {best.name} keeps {'them' if exact(was, best) else 'more of them'}" if best != now else ""
+        lines.append(f"{', '.join(components)}: weights stored as {was.name} were rounded to {now.name}{keeps}")
+    return lines
 
 
 def _weights(plan: WeightMap, source: Source, form: WeightFormat) -> Iterable[tuple[str, np.ndarray, str]]:
@@ -125,7 +151,8 @@ def _write(
         if not finite(value):
             if form.rounds(name):
                 raise UserError(f"NaN or infinity in {name} ({origin}), which cannot be rounded to ternary")
-            warnings.append(f"{component}: NaN or infinity in {name} ({origin})")
+            beyond = ", perhaps for a number beyond 65504, float16's largest" if value.dtype == np.float16 else ""
+            warnings.append(f"{component}: NaN or infinity in {name} ({origin}){beyond}")
         for stored, array in form.arrays(name, value):
             writer.add(component, stored, array)
             bar.update(array.nbytes)
@@ -141,28 +168,27 @@ def finite(x: np.ndarray) -> bool:
     return all(((block & exponent) != exponent).all() for block in np.array_split(bits, max(1, bits.size >> 22)))
 
 
-def _check_space(out: Path, total: int) -> None:
-    free = shutil.disk_usage(out.absolute().parent).free
-    if total * MARGIN > free:
-        raise UserError(
-            f"the disk of {out} is too full: {total * MARGIN / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-        )
-
-
 def _tokenizers(model: Model, folder: Path) -> Path | None:
     if not model.tokenizers:
         return None
     for component, source in model.tokenizers.items():
         ensure_tokenizer_json(source, folder / component)
-    if {"t5", "clip"} <= model.paths.keys():
+    if {"t5", "clip"} <= model.sources.keys():
         Tokenizers.load(folder, model.config)  # do they belong to these text encoders?
     return folder
 
 
-def _relative(file: Path, model: Model) -> str:
-    """The file's name in the record: with its folder's, so that shards of two components differ."""
-    parent = next((p for p in model.paths.values() if p == file.parent), None)
-    return file.name if parent is None else f"{parent.name}/{file.name}"
+def _recorded(model: Model) -> dict[str, Path]:
+    """Each file of weights by its name in the record: with its folder's where that is the component's, and with the
+    component's where two files would have one name."""
+    found: dict[str, Path] = {}
+    for component, source in model.sources.items():
+        folder = Path(source.where)
+        for file in source.files:
+            name = printable(f"{folder.name}/{file.name}" if file.parent == folder else file.name)
+            if found.setdefault(name, file) != file:
+                found[f"{component}/{name}"] = file
+    return found
 
 
 def _progress(total: int, quiet: bool):

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from flux_jax.checkpoints.checkpoint import Checkpoint
@@ -23,10 +22,10 @@ WARNING = "the weights were rounded, not distilled: fit for benchmarks, but pict
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """`dtype` of floating weights; `ternary`: the method of `flux_jax.models.quantize.ternarize`, or None to round
-    nothing."""
+    """`dtype` of floating weights, None: each keeps its own; `ternary`: the method of
+    `flux_jax.models.quantize.ternarize`, or None to round nothing."""
 
-    dtype: Any = jnp.bfloat16
+    dtype: Any = None
     ternary: str | None = None
 
     def rounds(self, name: str) -> bool:
@@ -34,16 +33,20 @@ class WeightFormat:
         path, _, kind = name.rpartition(".")
         return self.ternary is not None and kind == "weight" and is_ternary(path)
 
-    def nbytes(self, name: str, shape: tuple[int, ...]) -> int:
+    def stored(self, own: Any) -> np.dtype:
+        """The dtype that a weight gets whose own it is."""
+        return np.dtype(own if self.dtype is None else self.dtype)
+
+    def nbytes(self, name: str, own: Any, shape: tuple[int, ...]) -> int:
         """Size of what `arrays` gives for it."""
         if self.rounds(name):
             return shape[0] * (packed_width(shape[1]) + 4)
-        return math.prod(shape) * jnp.dtype(self.dtype).itemsize
+        return math.prod(shape) * self.stored(own).itemsize
 
     def arrays(self, name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """The weight `name` as it is stored: under its own name, or as `.packed` and `.scale`."""
         if not self.rounds(name):
-            yield name, value.astype(self.dtype, copy=False)
+            yield name, value.astype(self.stored(value.dtype), copy=False)
             return
         path = name.removesuffix(".weight")
         codes, scale = ternarize(value, str(self.ternary))
@@ -66,7 +69,11 @@ def dense_table(checkpoint: Checkpoint, component: str) -> dict[str, tuple[np.dt
     kept = {
         name: row for name, row in table.items() if name.rpartition(".")[0] not in ternary or name.endswith(".bias")
     }
-    dense = {f"{path}.weight": (table[f"{path}.bias"][0], shape) for path, shape in ternary.items()}
+    dense = {  # a stranger's table may lack a piece of one
+        f"{path}.weight": (table[f"{path}.bias"][0], shape)
+        for path, shape in ternary.items()
+        if all(f"{path}.{piece}" in table for piece in ("packed", "scale", "bias"))
+    }
     return kept | dense
 
 
