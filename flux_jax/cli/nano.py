@@ -11,6 +11,7 @@ In: the phases before, in the folder RUN. Out: `RUN/<phase>/`. A phase that was 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from pathlib import Path
 from flax import nnx
 
 from flux_jax.cli.dataclass_flags import add_dataclass_flags, given
-from flux_jax.cli.main import Parser, guarded, program
+from flux_jax.cli.main import Parser, guarded, path, program
+from flux_jax.io import atomic
 from flux_jax.nano import training
 from flux_jax.nano.training import Recipe
 
@@ -37,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> None:
     args = build_parser().parse_args(argv)
-    args.run_phase(args)
+    with atomic.alone(args.run) if "run" in args else contextlib.nullcontext():
+        args.run_phase(args)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     phases = parser.add_subparsers(required=True, metavar="PHASE")
     common = Parser(add_help=False)
-    common.add_argument("--run", type=Path, default=Path("runs/nano"), help="folder of the whole training")
+    common.add_argument("--run", type=path, default=Path("runs/nano"), help="folder of the whole training")
 
     vae = phases.add_parser("vae", parents=[common], help="the autoencoder")
     vae.add_argument("--steps", type=int, default=2500)
@@ -64,11 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
     export = phases.add_parser("export", parents=[common], help="the checkpoint that ships")
     export.set_defaults(run_phase=run_export)
     student = phases.add_parser("student", help="the 1.58-bit checkpoint that ships: a student with its card")
-    student.add_argument("student", type=Path, metavar="STUDENT", help="an OUT of flux_jax.distill")
+    student.add_argument("student", type=path, metavar="STUDENT", help="an OUT of flux_jax.distill")
     student.set_defaults(run_phase=run_export_student)
     for sub in (export, student):
-        sub.add_argument("out", type=Path, metavar="OUT")
-        sub.add_argument("--evaluation", type=Path, help="an --out of flux_jax.evaluate, for the scores on the card")
+        sub.add_argument("out", type=path, metavar="OUT")
+        sub.add_argument("--evaluation", type=path, help="an --out of flux_jax.evaluate, for the scores on the card")
         sub.add_argument("--overwrite", action="store_true")
     return parser
 

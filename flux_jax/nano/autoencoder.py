@@ -9,7 +9,6 @@ value. The weight is large for an autoencoder: it spends a decibel or two on lat
 
 import dataclasses
 import functools
-import io
 import json
 import math
 from pathlib import Path
@@ -26,7 +25,9 @@ from flux_jax.config import VAEConfig, nano
 from flux_jax.io.atomic import write_whole
 from flux_jax.models.params import leaves
 from flux_jax.models.vae import VAE
+from flux_jax.nano import training
 from flux_jax.nano.captions import sample
+from flux_jax.nano.dataset import packed
 from flux_jax.nano.scenes import render
 from flux_jax.training import mesh as meshes
 from flux_jax.training import optim
@@ -123,8 +124,9 @@ def evaluate(vae: VAE, seed: int, size: int) -> dict[str, Any]:
 
 def train(out: Path, *, steps: int, seed: int, config: VAEConfig | None = None, size: int | None = None) -> None:
     """Runs a training in the folder `out`, or goes on with it; config and size of the pictures are nano's by default.
-    UserError when a loss is not finite."""
+    UserError when a loss is not finite, or the folder holds a training with other numbers."""
     config, size = config or nano().vae, size or nano().sampling.height
+    training.keep(out / "recipe.json", {"steps": steps, "seed": seed})
     graph, params = nnx.split(VAE(config, rngs=nnx.Rngs(seed)))
     params = nnx.to_pure_dict(params)
     mesh = meshes.grid(math.gcd(WHOLE, jax.device_count()))
@@ -139,8 +141,6 @@ def train(out: Path, *, steps: int, seed: int, config: VAEConfig | None = None, 
     vae = nnx.merge(graph, state["params"])
     result = {"config": dataclasses.asdict(config), "size": size, "seed": seed, "steps": steps}
     result |= {"kl_weight": KL_WEIGHT, "learning_rate": LEARNING_RATE} | evaluate(vae, seed, size)
-    # pyrefly: ignore[bad-argument-type] - to numpy's annotations any of them could be `allow_pickle`
-    np.savez(packed := io.BytesIO(), **dict(leaves(vae)))
-    write_whole(out / "vae.npz", packed.getvalue(), overwrite=True)
     write_whole(out / "vae.json", json.dumps(result, indent=1).encode(), overwrite=True)
+    write_whole(out / "vae.npz", packed(dict(leaves(vae))), overwrite=True)  # last: where it is, the phase is done
     print(f"held-out PSNR {result['psnr']:.2f} dB, latents {result['latent_mean']:.4f} +- {result['latent_std']:.4f}")

@@ -4,11 +4,15 @@ In: a training's folder (recipes, metrics, `vae.json`) or a student's manifest, 
 folder. Out: Markdown.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from flux_jax.errors import UserError
+from flux_jax.io import reading
+from flux_jax.io.library import library
+
+AGAIN = "run its phase of flux_jax.nano.train again"
+EVALUATE = "evaluate the model into that folder again"
 
 HEAD = """\
 # FLUX-nano
@@ -47,27 +51,39 @@ def card(run: Path, evaluation: Path | None = None) -> str:
     """The teacher's whole card."""
     from flux_jax.nano.captions import VOCABULARY
 
+    with library(f"{run} does not hold what flux_jax.nano.train writes", AGAIN):
+        lines = _phases(run)
+    return "\n".join([HEAD.format(words=len(VOCABULARY)), *lines, *scores(evaluation)]) + "\n"
+
+
+def _phases(run: Path) -> list[str]:
     vae = read(run / "vae" / "vae.json")
-    lines = [HEAD.format(words=len(VOCABULARY)), "## Training", "", "| phase | steps | batch | seed | result |"]
+    lines = ["## Training", "", "| phase | steps | batch | seed | result |"]
     lines += ["|---|---|---|---|---|"]
     psnr = f"{vae['psnr']:.1f} dB on held-out pictures, worst {vae['psnr_worst']:.1f} dB"
     lines += [f"| vae | {vae['steps']} | 4 crops, then 2 pictures | {vae['seed']} | {psnr} |"]
     for phase in ("text", "flow", "guidance"):
         if (run / phase / "recipe.json").exists():
             recipe = read(run / phase / "recipe.json")
-            last = json.loads((run / phase / "metrics.jsonl").read_text().splitlines()[-1])
+            metrics = run / phase / "metrics.jsonl"
+            last = reading.parse_json(reading.read_text(metrics).splitlines()[-1], str(metrics), AGAIN)
             result = f"loss {last['loss']:.4f}"
             if phase == "text":
                 shares = read(run / phase / "understood.json")
                 result += f"; held-out captions understood: T5 {shares['t5']:.1%}, CLIP {shares['clip']:.1%}"
             columns = [phase, recipe["steps"], recipe["batch"], recipe["seed"], result]
             lines += [f"| {' | '.join(map(str, columns))} |"]
-    lines += scores(evaluation)
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def student_card(quantization: dict[str, Any], evaluation: Path | None = None) -> str:
     """The student's whole card, from its manifest's entry `quantization`."""
+    with library("The student's manifest does not say how it was distilled", "distil it again"):
+        text = _student(quantization)
+    return "\n".join([text, *scores(evaluation)]) + "\n"
+
+
+def _student(quantization: dict[str, Any]) -> str:
     options = quantization["options"]
     text = STUDENT.format(
         training=quantization["prompts"]["training"], activations=quantization["activations"], seed=options["seed"]
@@ -77,8 +93,7 @@ def student_card(quantization: dict[str, Any], evaluation: Path | None = None) -
     after = {name.replace("_", " "): error for name, error in quantization["held_out_relative"].items()}
     errors = ", ".join(f"{error:.4f} after {name}" for name, error in after.items())
     lines += ["", f"Squared error of the velocity on held-out captions, over the velocity's mean square: {errors}."]
-    lines += scores(evaluation)
-    return text + "\n".join(lines) + "\n"
+    return text + "\n".join(lines)
 
 
 def scores(evaluation: Path | None) -> list[str]:
@@ -88,7 +103,11 @@ def scores(evaluation: Path | None) -> list[str]:
         return []
     if not (evaluation / "summary.json").exists():
         raise UserError(f"{evaluation} holds no finished evaluation: evaluate the model into that folder first.")
-    summary = read(evaluation / "summary.json")
+    with library(f"{evaluation / 'summary.json'} is not what an evaluation writes", EVALUATE):
+        return _scores(read(evaluation / "summary.json", EVALUATE))
+
+
+def _scores(summary: dict[str, Any]) -> list[str]:
     sampling = ", ".join(f"{key} {value}" for key, value in summary["sampling"].items())
     count = sum(tag["count"] for tag in summary["tags"].values())
     how = f"{sampling}, seeds from {summary['seed']}"
@@ -107,5 +126,5 @@ def scores(evaluation: Path | None) -> list[str]:
     ]
 
 
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+def read(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
+    return reading.read_object(path, remedy=remedy)

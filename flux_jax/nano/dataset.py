@@ -5,7 +5,8 @@ nothing twice. Example i depends on (seed, i) alone and batch k on (seed, k) alo
 """
 
 import dataclasses
-import os
+import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -15,6 +16,9 @@ from tqdm import tqdm
 
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import FluxConfig
+from flux_jax.errors import UserError
+from flux_jax.io import atomic, reading
+from flux_jax.io.library import library
 from flux_jax.models.vae import VAE
 from flux_jax.nano import captions, scenes
 from flux_jax.sampling.schedule import pack_latents
@@ -44,14 +48,31 @@ class Dataset:
 def load_or_build(
     path: Path, vae: VAE, tokenizers: Tokenizers, config: FluxConfig, *, seed: int, count: int
 ) -> Dataset:
-    """Read `path`, or render `count` scenes, encode them, and write `path` (whole or not at all)."""
+    """Read `path`, or render `count` scenes, encode them, and write `path` (whole or not at all). UserError where that
+    holds something else, or another number of scenes."""
     if not path.exists():
-        partial = path.with_suffix(".partial.npz")
-        # pyrefly: ignore[bad-argument-type] - to numpy's annotations any of them could be `allow_pickle`
-        np.savez(partial, **_build(vae, tokenizers, config, seed, count))
-        os.replace(partial, path)
-    with np.load(path) as arrays:
-        return Dataset(**arrays)
+        atomic.check_writable(path)
+        atomic.write_whole(path, packed(_build(vae, tokenizers, config, seed, count)), overwrite=True)
+    remedy = "delete it, and the same command makes it again"
+    with library(f"{path} is not what was written", remedy):
+        dataset = Dataset(**unpacked(path))
+    if {len(dataset.tokens), len(dataset.layout), len(dataset.meaning), len(dataset.t5), len(dataset.clip)} != {count}:
+        raise UserError(f"{path} does not hold the {count} examples that are asked for: {remedy}.")
+    return dataset
+
+
+def packed(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The bytes of an .npz file."""
+    # pyrefly: ignore[bad-argument-type] - to numpy's annotations any of them could be `allow_pickle`
+    np.savez(buffer := io.BytesIO(), **arrays)
+    return buffer.getvalue()
+
+
+def unpacked(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file: data alone."""
+    reading.check_regular(path)
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def example(seed: int, index: int) -> tuple[str, scenes.Scene]:

@@ -8,7 +8,6 @@ tokenizers, the phases' metrics and curves, a card, and SHA256SUMS of every file
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,26 +22,28 @@ from flux_jax.checkpoints import checkpoint, checksums, writer
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import FluxConfig, nano
 from flux_jax.errors import UserError
-from flux_jax.io import atomic
+from flux_jax.io import atomic, reading
+from flux_jax.io.library import library
 from flux_jax.models.params import abstract_component, assemble, leaves
 from flux_jax.models.vae import VAE
 from flux_jax.nano import vocabulary
 from flux_jax.nano.captions import VOCABULARY
-from flux_jax.nano.card import card, student_card
+from flux_jax.nano.card import AGAIN, EVALUATE, card, student_card
+from flux_jax.nano.dataset import unpacked
 
 LICENCE = "Apache-2.0"
 
 
 def load_vae(folder: Path) -> tuple[FluxConfig, VAE]:
     """The trained autoencoder (float32), and nano's config with the shift and scale that give its latents mean 0 and
-    standard deviation 1. UserError without a finished VAE in `folder`."""
+    standard deviation 1. UserError without a finished VAE in `folder`, and where it is damaged."""
     if not (folder / "vae.npz").exists():
         raise UserError(f"{folder} has no finished VAE: phase vae of flux_jax.nano.train comes first.")
-    about = json.loads((folder / "vae.json").read_text())
-    config = nano()
-    scale = {"scaling_factor": round(1 / about["latent_std"], 4), "shift_factor": round(about["latent_mean"], 4)}
-    config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, **scale))
-    with np.load(folder / "vae.npz") as arrays:
+    config, about = nano(), reading.read_object(folder / "vae.json", remedy=AGAIN)
+    with library(f"{folder} does not hold what phase vae writes", AGAIN):
+        scale = {"scaling_factor": round(1 / about["latent_std"], 4), "shift_factor": round(about["latent_mean"], 4)}
+        config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, **scale))
+        arrays = unpacked(folder / "vae.npz")
         module = assemble(abstract_component("vae", config), lambda names: {name: arrays[name] for name in names})
     assert isinstance(module, VAE)
     return config, module
@@ -64,7 +65,9 @@ def trained(run: Path, phase: str, config: FluxConfig) -> Any:
 def tokenizers(run: Path, config: FluxConfig) -> Tokenizers:
     """Nano's tokenizers, built in `RUN/tokenizers` from the grammar's words."""
     folder = run / "tokenizers"
-    vocabulary.build(folder, VOCABULARY, config)
+    with atomic.WholeFolder(folder, overwrite=True) as whole:
+        vocabulary.build(whole.working, VOCABULARY, config)
+        whole.publish()
     return Tokenizers.load(folder, config)
 
 
@@ -86,7 +89,7 @@ def export(run: Path, out: Path, evaluation: Path | None = None, overwrite: bool
     phase = "guidance" if (run / "guidance").exists() else "flow"
     networks, encoders = trained(run, phase, config), trained(run, "text", config).encoders
     files = {
-        f"training/{name}/{file}": (run / name / file).read_bytes()
+        f"training/{name}/{file}": reading.read_bytes(run / name / file, most=reading.LARGE)
         for name in ("vae", "text", "flow", "guidance")
         for file in ("metrics.jsonl", "curve.png", "vae.json", "understood.json", "recipe.json")
         if (run / name / file).exists()
@@ -110,12 +113,16 @@ def export_student(student: Path, out: Path, evaluation: Path | None = None, ove
     where `student` was not distilled, or `out` is in the way."""
     stored = checkpoint.Checkpoint.open(student)
     quantization = stored.manifest["quantization"]
-    if not (quantization and quantization["distilled"]):
+    if not (quantization and quantization.get("distilled")):
         raise UserError(f"{student} is no student of flux_jax.distill.")
     with atomic.WholeFolder(out, overwrite=overwrite, ours=writer.no_checkpoint) as folder:
-        shutil.copytree(stored.directory, folder.working, dirs_exist_ok=True)
-        for name, content in card_files(student_card(quantization, evaluation), evaluation).items():
-            (folder.working / name).write_bytes(content)
+        try:
+            shutil.copytree(stored.directory, folder.working, dirs_exist_ok=True)
+            for name, content in card_files(student_card(quantization, evaluation), evaluation).items():
+                (folder.working / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder.working / name).write_bytes(content)
+        except OSError as error:
+            raise atomic.cannot_write(out, error) from error
         checksums.write(folder.working)
         folder.publish()
 
@@ -124,6 +131,6 @@ def card_files(text: str, evaluation: Path | None) -> dict[str, bytes]:
     """Card, score and sheet, by their names in the checkpoint."""
     files = {"README.md": text.encode()}
     if evaluation is not None:
-        files["sheet.png"] = (evaluation / "sheet.png").read_bytes()
-        files["training/summary.json"] = (evaluation / "summary.json").read_bytes()
+        for name, file in {"sheet.png": "sheet.png", "training/summary.json": "summary.json"}.items():
+            files[name] = reading.read_bytes(evaluation / file, most=reading.LARGE, remedy=EVALUATE)
     return files

@@ -17,11 +17,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from flux_jax.errors import UserError, shortened
+from flux_jax.io import reading
 from flux_jax.io.atomic import write_whole
 from flux_jax.nano.dataset import Dataset
 from flux_jax.training import mesh as meshes
 from flux_jax.training import optim
-from flux_jax.training.loop import Trainer, last_checkpoint
+from flux_jax.training.loop import CHECKPOINTS, Trainer, last_checkpoint
 from flux_jax.training.metrics import Metrics
 from flux_jax.training.options import check, option
 
@@ -88,6 +90,19 @@ def init_state(recipe: Recipe, networks: nnx.Module) -> tuple[Any, dict[str, Any
     return graph, jax.device_put(state, meshes.whole(meshes.grid(jax.device_count())))
 
 
+def keep(path: Path, recipe: dict[str, Any]) -> None:
+    """Writes down how a training is done, where it begins. UserError where one that was done otherwise has begun."""
+    if path.exists():
+        before = reading.read_object(path, remedy=f"delete {path.parent} to train anew")
+        other = {key: before.get(key) for key, value in recipe.items() if before.get(key) != value}
+        if other and (path.parent / CHECKPOINTS).exists():
+            begun = ", ".join(f'{key}="{shortened(value, quote=False)}"' for key, value in other.items())
+            raise UserError(
+                f"{path.parent} holds a training that was begun with {begun}: give the same again, or delete it."
+            )
+    write_whole(path, (json.dumps(recipe, indent=1) + "\n").encode(), overwrite=True)
+
+
 def averaged(folder: Path, networks: nnx.Module) -> nnx.Module | None:
     """The averaged networks as the phase in `folder` saved them last; None where it has saved none. networks: of the
     same kind."""
@@ -108,10 +123,10 @@ def train(
     log_every: int = 50,
 ) -> Any:
     """Trains to the recipe's last step, and returns the averaged networks. networks: float32, where a training that has
-    not begun begins; constants: arrays that the loss needs at each step. UserError when a loss is not finite."""
+    not begun begins; constants: arrays that the loss needs at each step. UserError when a loss is not finite, or the
+    folder holds a training by another recipe."""
     mesh = meshes.make(None, {"batch": recipe.batch})
-    text = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
-    write_whole(folder / "recipe.json", text.encode(), overwrite=True)
+    keep(folder / "recipe.json", dataclasses.asdict(recipe))
     graph, state = init_state(recipe, networks)
     constants = jax.device_put(constants or {}, meshes.whole(mesh))
     rows = meshes.by_row(mesh)

@@ -22,6 +22,7 @@ from flux_jax.io import atomic
 from flux_jax.runtime import memory
 from flux_jax.training.metrics import Metrics
 
+CHECKPOINTS = "checkpoints"  # in a training's folder
 PLOT_SECONDS = 60  # between curves, which take half a second each
 Update = Callable[[Any, Any, np.int32], tuple[Any, dict[str, jax.Array]]]
 Batches = Callable[[int, Any], Any]
@@ -30,7 +31,7 @@ Batches = Callable[[int, Any], Any]
 def last_checkpoint(folder: Path, state: Any) -> tuple[Any, int]:
     """(state, step) as a training in `folder` saved them last, each array placed as in `state`; (state, 0) where none
     has saved. UserError where that is damaged."""
-    if not (folder / "checkpoints").exists():
+    if not (folder / CHECKPOINTS).exists():
         return state, 0
     with _checkpointer(folder) as checkpoints:
         return _restore(checkpoints, folder, state)
@@ -41,7 +42,7 @@ def _checkpointer(folder: Path, **options: Any) -> Any:
 
     last_two = ocp.training.preservation_policies.LatestN(2)
     with silenced():
-        return ocp.training.Checkpointer((folder / "checkpoints").absolute(), preservation_policy=last_two, **options)
+        return ocp.training.Checkpointer((folder / CHECKPOINTS).absolute(), preservation_policy=last_two, **options)
 
 
 def _restore(checkpoints: Any, folder: Path, state: Any) -> tuple[Any, int]:
@@ -55,7 +56,7 @@ def _restore(checkpoints: Any, folder: Path, state: Any) -> tuple[Any, int]:
         if memory.is_exhausted(error):
             raise
         raise UserError(
-            f"{folder / 'checkpoints' / str(latest.step)} is damaged, or of another training: delete it and "
+            f"{folder / CHECKPOINTS / str(latest.step)} is damaged, or of another training: delete it and "
             "run the training again, which goes on from the checkpoint before."
         ) from error
 
@@ -77,7 +78,7 @@ class Trainer:
         """The state after `steps` steps; `state` is the one before the first, and may be donated. stops: steps before
         which there is always a checkpoint, for batches that depend on the state. UserError at the first line with too
         many bad steps, where a checkpoint is damaged, and where none can be written."""
-        atomic.check_writable(self.folder / "checkpoints", folder=True)
+        atomic.check_writable(self.folder / CHECKPOINTS, folder=True)
         with _checkpointer(self.folder, cleanup_tmp_directories=True) as checkpoints:
             state, step = _restore(checkpoints, self.folder, state)
             self.metrics.forget_after(self.phase, step)
