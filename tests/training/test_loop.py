@@ -1,6 +1,7 @@
 """The one training loop: killed, it ends with the bits and the lines of a whole run; and it says what went wrong."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -92,3 +93,35 @@ def test_a_weight_that_never_moves_is_its_own_mean_to_the_bit():
     for step in range(20):
         mean = jax.jit(running_mean, static_argnums=2)(mean, still, 0.99, np.int32(step))
     np.testing.assert_array_equal(mean["weight"], still["weight"])
+
+
+def test_a_damaged_checkpoint_is_a_sentence_and_without_it_the_training_goes_on_from_the_one_before(tmp_path, capfd):
+    whole = run(tmp_path)
+    damaged = tmp_path / "checkpoints" / "7"
+    for file in (damaged / "state" / "manifest.ocdbt", damaged / "_CHECKPOINT_METADATA"):
+        file.write_bytes(file.read_bytes()[:20])
+    capfd.readouterr()
+    with pytest.raises(UserError, match=f"{damaged} is damaged, .*: delete it and run the training again"):
+        run(tmp_path)
+    assert "Traceback" not in (said := capfd.readouterr().err) and "ERROR" not in said
+    shutil.rmtree(damaged)
+    seen = []
+    assert run(tmp_path, seen=seen) == whole
+    assert seen[0] == (6, 6)
+
+
+def test_lines_that_are_no_metrics_end_no_training(tmp_path):
+    metrics = Metrics(tmp_path)
+    metrics.log(phase="a", step=1, loss=1.0)
+    with metrics.path.open("ab") as stream:
+        stream.write(b'[]\n3\n{"step": 2}\n{"phase": 1, "step": 2}\n\xff\xfe\n{"phase": "a", "step": 2, "loss": "x"}\n')
+        stream.write(b'{"phase": "a", "step": 3, "loss": 1.0, "after": "b"}\n{"pha')
+    metrics.forget_after("a", 3)
+    metrics.log(phase="a", step=4, loss=2.0)
+    assert [row["step"] for row in metrics.rows()] == [1, 2, 3, 4]
+    metrics.plot()
+    assert metrics.curve.read_bytes().startswith(b"\x89PNG")
+    metrics.path.unlink()
+    metrics.path.mkdir()
+    with pytest.raises(UserError, match="Cannot write"):
+        metrics.log(phase="a", step=5)
