@@ -1,6 +1,7 @@
 """Token ids against transformers' own tokenizers, on FLUX-nano's files."""
 
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from published import PROMPTS, transformers_ids
 
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import nano
-from flux_jax.errors import UserError
+from flux_jax.errors import LONGEST, UserError
 from flux_jax.nano import vocabulary
 from flux_jax.nano.captions import VOCABULARY
 
@@ -151,6 +152,81 @@ def test_broken_tokenizers_are_one_clear_error(folder, tmp_path, name, content, 
     ) as caught:
         Tokenizers.load(tmp_path, nano())
     assert caught.value.exit_code == 2
+
+
+def steps(kind, each, count=34):
+    """A tokenizer.json's step that is many."""
+    key = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}[kind]
+    return {kind: {"type": "Sequence", key: [each] * count}}
+
+
+TWICE = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2,
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {},
+}
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("clip", {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}),
+        ("t5", {"model": {"type": "Unigram", "unk_id": None, "vocab": []}, "added_tokens": []}),
+        ("clip", steps("normalizer", REPLACE)),
+        ("t5", steps("normalizer", steps("normalizer", REPLACE, 6)["normalizer"], 6)),
+        ("clip", steps("normalizer", {"type": "Prepend", "prepend": "a" * 1000}, 2)),
+        ("clip", steps("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True})),
+        ("t5", steps("post_processor", TWICE)),
+        ("t5", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}),  # a panic
+        ("clip", {"pre_tokenizer": {"type": "FixedLength", "length": 0}}),  # a panic in use
+        ("clip", {"post_processor": {"type": "BertProcessing", "sep": ["x", 10**6], "cls": ["x", 1]}}),
+        ("clip", {"model": "x" * 5000}),
+        ("clip", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "dropout": 0.5}}),
+    ],
+)
+def test_a_strangers_tokenizer_is_one_sentence(folder, tmp_path, name, change, capfd):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / name / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=name) as caught:
+        Tokenizers.load(tmp_path, nano())
+    assert len(str(caught.value)) <= LONGEST and "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""  # a panic writes there, past Python
+
+
+def test_a_text_that_a_tokenizer_cannot_read_is_one_sentence(folder, tmp_path, snapshot_message):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "clip" / "tokenizer.json"
+    hard = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed", "invert": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": hard}))
+    tokenizers = Tokenizers.load(tmp_path, nano())
+    with snapshot_message.raises(UserError, "clip", volatile=r"(?<=\()[^)]*(?=\))"):
+        tokenizers.clip(["a" * 60 + "!"])
+
+
+def test_an_interruption_is_none_of_the_librarys_failures(ours, monkeypatch):
+    class Interrupted:
+        def encode_batch(self, prompts):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ours._t5, "tokenizer", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        ours.t5(["a red circle"])
+
+
+def test_an_end_that_the_model_does_not_know(folder, snapshot_message):
+    """CLIP would take its vector at the first token, without a word."""
+    other = dataclasses.replace(nano(), clip=dataclasses.replace(nano().clip, eos_token_id=17))
+    with snapshot_message.raises(UserError, 17):
+        Tokenizers.load(folder, other)
+
+
+def test_what_clip_leaves_out_is_said(ours, snapshot_message):
+    prompt = "a red circle to the left of a blue square and a green cross and two yellow stars"
+    assert ours.clip_truncation_warning("a red circle") is None
+    snapshot_message(ours.clip_truncation_warning(prompt), "CLIP", CLIP_LENGTH - 2, "'and two yellow stars'")
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, snapshot_message):

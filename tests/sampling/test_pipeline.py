@@ -1,11 +1,14 @@
 """FluxPipeline: the same seed is the same picture, nothing is compiled twice, and wrong input is one sentence."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
 
+from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.errors import UserError
 from flux_jax.sampling import schedule
@@ -245,6 +248,40 @@ def test_nan_names_the_step(pipe, driven, snapshot_message):
     with snapshot_message.raises(UserError, "Step 1 of 3", "seed 7") as error:
         bad("a red circle", seed=7, callback_on_step_end=callback)
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_picture_of_no_numbers_is_no_black_one(pipe, value, snapshot_message):
+    latents = np.zeros((1, 8, 64), np.float32)
+    broken = jax.tree.map(lambda p: p, pipe.vae)
+    broken.decoder.conv_out.bias[...] = broken.decoder.conv_out.bias[...].at[0].set(value)
+    bad = FluxPipeline(pipe.config, transformer=pipe.transformer, vae=broken)
+    with snapshot_message.raises(UserError, "VAE", "finite") as error:
+        bad.decode(latents)
+    assert error.value.exit_code == 2
+    with snapshot_message.raises(UserError, "latents"):  # another cause, another sentence
+        pipe.decode(np.full_like(latents, value))
+
+
+def test_parts_of_two_models_are_refused_before_they_are_read(tiny_checkpoint, monkeypatch, snapshot_message):
+    stored = Checkpoint.open(tiny_checkpoint)
+    stored.config = dataclasses.replace(stored.config, t5=dataclasses.replace(stored.config.t5, d_model=32))
+    monkeypatch.setattr(stored, "load", lambda *_, **__: pytest.fail("was read"))
+    with snapshot_message.raises(UserError, 32, 24, "T5"):
+        FluxPipeline.from_checkpoint(stored)
+
+
+def test_what_clip_leaves_out_is_said_once(pipe):
+    """T5 takes 64 tokens here, CLIP 16; a prompt that neither takes has T5's notice alone."""
+    prompts = [f"a red circle to the left of a blue square and two {each} squares" for each in ("red", "green")]
+    quiet = FluxPipeline(pipe.config, **{name: getattr(pipe, name) for name in (*tiny_model.COMPONENTS, "tokenizers")})
+    with pytest.warns(UserWarning, match="^CLIP") as told:
+        quiet.encode_prompt(prompts[0], 64)
+    assert len(told) == 1
+    quiet.encode_prompt(prompts[1], 64)  # a warning would be an error
+    with pytest.warns(UserWarning, match="^The prompt has") as told:
+        quiet.encode_prompt(prompts[0], 12)
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize(
