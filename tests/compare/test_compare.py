@@ -6,7 +6,9 @@ import pickle
 import re
 import shutil
 import subprocess
+from typing import ClassVar
 
+import crash_windows
 import jax
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from flux_jax.checkpoints import writer
 from flux_jax.cli.compare import main
 from flux_jax.compare import clip, drawing, lpips, metrics, report
 from flux_jax.errors import UserError
-from flux_jax.evaluate import nano
+from flux_jax.evaluate import image_folders, nano
 from flux_jax.evaluate.models import Variant
 from flux_jax.io import atomic
 from flux_jax.io.pictures import read_picture
@@ -177,6 +179,49 @@ def test_what_was_damaged_or_replaced_is_named_and_made_again_once_it_is_deleted
         assert asked.pop() == asked.pop() == [1]
         (tmp_path / name).write_bytes(kept)
     again()
+
+
+class Comparison:
+    """A whole one, of models that draw one colour each."""
+
+    TASKS = tuple(drawing.ComparisonTask(i, f"prompt {i}", i) for i in range(3))
+    SAMPLING: ClassVar = {"num_inference_steps": 2, "height": 40, "width": 64, "guidance_scale": 1.0}
+
+    @staticmethod
+    def draw(tasks, variant, side, sampling, out):
+        for task in tasks:
+            shown = np.full((40, 64, 3), 50 * task.index + 20 * (side == "b"), np.uint8)
+            atomic.write_whole(task.picture(side, out), nano.png(Image.fromarray(shown)), overwrite=True)
+            yield task, np.full((2, 3, 4), 1 + task.index + (side == "b"), np.float32)
+
+    @staticmethod
+    def before(folder):
+        pass
+
+    @staticmethod
+    def work(folder):
+        drawing._draw = Comparison.draw
+        with atomic.alone(out := folder / "out"):
+            image_folders.stamp(out, {"sampling": Comparison.SAMPLING})
+            rows = drawing.run(Comparison.TASKS, Variant("one"), Variant("two"), Comparison.SAMPLING, out)
+            about = {"a": "one", "b": "two", "models": {}, "sampling": Comparison.SAMPLING, "networks": []}
+            report.write(out, Comparison.TASKS, rows, about)
+
+    @staticmethod
+    def whole(folder):
+        for path in folder.rglob("*.png"):
+            Image.open(path).load()
+        if not (folder / "out" / "index.html").exists():
+            return "nothing"
+        found = json.loads((folder / "out" / "report.json").read_text())["pictures"]
+        assert [row["latent_errors"] for row in found] == [[1 / (1 + i)] * 2 for i in range(3)]
+        assert not (folder / "out" / "latents").exists()
+        return "new"
+
+
+@pytest.mark.slow
+def test_killed_between_its_steps_a_comparison_goes_on(tmp_path):
+    assert crash_windows.survive(__file__, "Comparison", tmp_path, every=7) >= 56
 
 
 def test_latents_that_wait_are_data_alone(tmp_path):

@@ -3,13 +3,16 @@
 import json
 from types import SimpleNamespace
 
+import crash_windows
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
 
 from flux_jax.cli.evaluate import main
+from flux_jax.errors import UserError
 from flux_jax.evaluate import nano
+from flux_jax.io import atomic
 from flux_jax.nano.captions import EVALUATION, evaluation_captions, parse, scene_for
 from flux_jax.nano.scenes import render
 
@@ -56,6 +59,48 @@ def test_a_perfect_painter_scores_one_and_is_not_asked_twice(tmp_path):
     planned[3].path(tmp_path).unlink()
     assert nano.evaluate(painter, tmp_path, seed=5, every=EVERY)["overall"] == result["overall"]
     assert len(painter.calls) == len(planned) + 1
+
+
+class Evaluation:
+    """A whole one, of few captions."""
+
+    EVERY = 97
+
+    @staticmethod
+    def before(folder):
+        pass
+
+    @staticmethod
+    def work(folder):
+        atomic.sweep(folder)
+        nano.evaluate(Painter(perfect), folder / "out", every=Evaluation.EVERY)
+
+    @staticmethod
+    def whole(folder):
+        for path in folder.rglob("*.png"):
+            Image.open(path).load()
+        if not (folder / "out" / "sheet.png").exists():
+            return "nothing"
+        assert len(nano.verdicts(folder / "out")) == len(nano.tasks(0, Evaluation.EVERY))
+        assert json.loads((folder / "out" / "summary.json").read_text())["exact"] == 1
+        return "new"
+
+
+@pytest.mark.slow
+def test_killed_between_its_steps_it_goes_on(tmp_path):
+    assert crash_windows.survive(__file__, "Evaluation", tmp_path, every=3) >= 30
+
+
+def test_a_damaged_picture_is_named_and_drawn_again_once_it_is_deleted(tmp_path):
+    painter, every = Painter(perfect), 200
+    whole = nano.evaluate(painter, tmp_path, every=every)
+    path, drawn = nano.tasks(0, every)[1].path(tmp_path), len(painter.calls)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"{path}: it is not a readable PNG picture; delete it, and the same command"):
+        nano.evaluate(painter, tmp_path, every=every)
+    path.unlink()
+    assert nano.evaluate(painter, tmp_path, every=every)["overall"] == whole["overall"]
+    assert len(painter.calls) == drawn + 1
 
 
 def test_a_blind_painter_scores_nothing(tmp_path):
