@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, shortened
 from flux_jax.io import reading
 from flux_jax.io.library import library
 
@@ -31,6 +31,9 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 CLIP_FILES = ((TOKENIZER,), ("vocab.json", "merges.txt"))  # either will do
+# what else than tokens of tokenizer_config.json decides on ids
+CONFIG = ("added_tokens_decoder", "add_prefix_space", "do_lower_case", "errors", "extra_ids", "legacy")
+MOST_EXTRA = 10_000  # tokens that T5 was trained to fill in; published ones have 100
 AGAIN = "download it again"
 
 
@@ -82,13 +85,18 @@ def t5_tokenizer(folder: Path) -> Any:
 
 
 def _from_copy(folder: Path, kind: Callable[[Path], Any]) -> Any:
-    """A tokenizer read by transformers' class, which would open further files that it finds in a folder, and those that
-    tokenizer_config.json names."""
+    """A tokenizer read by transformers' class, which would open further files that it finds in a folder, and take
+    whatever tokenizer_config.json says for an argument, files and vocabularies among them."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         copy_tokenizer(folder, copy)
         if (copy / TOKENIZER_CONFIG).exists():
             config = reading.read_object(folder / TOKENIZER_CONFIG, remedy=AGAIN)
-            config = {key: value for key, value in config.items() if not key.endswith(("_file", "_files"))}
+            config = {
+                key: value for key, value in config.items() if key in CONFIG or key.endswith(("_token", "_tokens"))
+            }
+            extra = config.get("extra_ids", 0)
+            if type(extra) is not int or not 0 <= extra <= MOST_EXTRA:
+                raise ValueError(f"extra_ids is {shortened(extra)}, must be from 0 to {MOST_EXTRA}")
             (copy / TOKENIZER_CONFIG).write_text(json.dumps(config))
         return kind(copy).from_pretrained(name, local_files_only=True)

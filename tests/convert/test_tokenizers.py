@@ -198,10 +198,18 @@ def test_transformers_opens_no_file_but_the_tokenizers(folder, tmp_path):
     expected = ensure(source, tmp_path / "expected")
     config = json.loads((source / "tokenizer_config.json").read_text())
     config |= {f"{name}_file": "/dev/tty" for name in ("vocab", "merges", "tokenizer", "special_tokens_map")}
-    (source / "tokenizer_config.json").write_text(json.dumps(config | {"fast_tokenizer_files": ["tokenizer.9.json"]}))
+    config |= {"fast_tokenizer_files": ["tokenizer.9.json"], "vocab": {"a": 0}, "merges": []}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
     os.mkfifo(source / "chat_template.jinja")
     assert ensure(source, tmp_path / "out") == expected
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["vocab_file"] == "/dev/tty"
+
+
+@pytest.mark.parametrize("count", [10**30, -1, "100", None])
+def test_more_extra_tokens_than_there_is_memory(spiece, tmp_path, count, snapshot_message):
+    (spiece / "tokenizer_config.json").write_text(json.dumps({"extra_ids": count}))
+    with snapshot_message.raises(UserError, spiece, "extra_ids"):
+        ensure_tokenizer_json(spiece, tmp_path / "out")
 
 
 def ensure(source: Path, out: Path) -> bytes:
