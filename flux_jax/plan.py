@@ -1,8 +1,6 @@
 """`python -m flux_jax.plan`: see `flux_jax.cli.plan`."""
 
-import sys
-
-from flux_jax.cli.plan import main
+from flux_jax.cli.launch import launch
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch("flux_jax.cli.plan")

@@ -9,16 +9,16 @@ metrics and their curve; it may be deleted afterwards. The last line on stdout i
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 
 from flux_jax.cli.dataclass_flags import add_dataclass_flags, given
-from flux_jax.cli.main import Parser, guarded, path, program, say
+from flux_jax.cli.main import Parser, guarded, output_json, path, program, say
 from flux_jax.distill.options import LARGE, QUICK, Options
 from flux_jax.errors import UserError
 from flux_jax.io import prompts
 from flux_jax.runtime import compilation_cache, watchdog
+from flux_jax.runtime.environment import start_jax
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +38,7 @@ def run(argv: Sequence[str]) -> None:
     options = Options(**((QUICK if args.quick else LARGE if args.large else {}) | given(Options, args)))
     texts = prompts.read_all(args.prompts)
     connect(args, options)
+    start_jax()
     import jax
 
     from flux_jax.distill.run import distill
@@ -49,7 +50,7 @@ def run(argv: Sequence[str]) -> None:
         if not written:
             say(f"Trained; the same command as a single process now writes {args.out}.")
         losses = {name: about[name] for name in ("held_out_loss", "held_out_relative")}
-        print(json.dumps({"out": str(args.out) if written else None} | losses))
+        output_json({"out": str(args.out) if written else None} | losses)
 
 
 def build_parser() -> argparse.ArgumentParser:

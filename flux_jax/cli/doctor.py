@@ -15,10 +15,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flux_jax.cli.main import Parser, guarded, program, say
+from flux_jax.cli.main import Parser, guarded, output, program, say
 from flux_jax.errors import DISTRIBUTION, UserError, pip_install
 from flux_jax.runtime import compilation_cache, memory
-from flux_jax.runtime.environment import set_environment, version_of
+from flux_jax.runtime.environment import set_environment, start_jax, version_of
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DRIVER = 580  # the first driver for CUDA 13. Source: NVIDIA's CUDA Toolkit release notes, table of driver versions
@@ -107,6 +107,10 @@ def cudnn() -> Finding:
 
 def device() -> Finding:
     """What JAX computes on; a device that is here and not used is a failure, not a fallback."""
+    try:
+        start_jax()
+    except UserError as refusal:
+        return Finding("device", "FAIL", str(refusal).rstrip("."), GPU_EXTRA)
     import jax
     import jax.numpy as jnp
 
@@ -115,7 +119,7 @@ def device() -> Finding:
         total = float(jax.jit(lambda x: (x @ x).sum())(jnp.ones((64, 64))))
     except Exception as error:  # whatever stops a program of one line stops a picture
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        return Finding("device", "FAIL", f"JAX cannot compute: {reason}", "unset JAX_PLATFORMS, or " + GPU_EXTRA)
+        return Finding("device", "FAIL", f"JAX cannot compute: {reason}", GPU_EXTRA)
     if total != 64**3:
         return Finding("device", "FAIL", f"{first.device_kind} multiplies wrongly: {total}", "check the hardware")
     if first.platform == "cpu" and DRIVER_FILE.exists() and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
@@ -167,9 +171,8 @@ def ram() -> Finding:
 
 
 def disk() -> Finding:
-    folder = next(
-        parent for parent in (compilation_cache.folder(), *compilation_cache.folder().parents) if parent.exists()
-    )
+    cache = compilation_cache.folder() or Path.cwd()
+    folder = next(parent for parent in (cache, *cache.parents) if os.path.exists(parent))
     free = {path: shutil.disk_usage(path).free / GIGABYTE for path in dict.fromkeys((Path.cwd(), folder))}
     text = ", ".join(f"{gigabytes:.1f} GB free in {path}" for path, gigabytes in free.items())
     if min(free.values()) < DISK:
@@ -231,7 +234,7 @@ def run(argv: Sequence[str]) -> int:
     Parser(prog=program("doctor"), description=__doc__.partition("\n\n")[0]).parse_args(argv)
     set_environment(None)
     found = examine()
-    print("\n".join(map(str, found)))
+    output("\n".join(map(str, found)))
     failed = [finding.name for finding in found if finding.status == "FAIL"]
     say(f"{len(failed)} to mend: {', '.join(failed)}" if failed else "Pictures can be made here.")
     return 2 if failed else 0

@@ -3,11 +3,10 @@
 In: a command line. Out: folders of pictures, tables; progress on stderr, on stdout only what a script would read.
 """
 
-import json
 from collections.abc import Sequence
 
 from flux_jax.cli import evaluate_benchmarks, evaluate_nano, evaluate_score
-from flux_jax.cli.main import Parser, guarded, program, say
+from flux_jax.cli.main import Parser, guarded, output_json, program, say
 from flux_jax.runtime.environment import set_environment
 
 INTERRUPTED = "Interrupted; pictures that were finished are kept, and the same command goes on from there."
@@ -31,4 +30,4 @@ def run(argv: Sequence[str]) -> None:
     set_environment(getattr(args, "device", None))
     report = args.run(args, say)
     if args.json:
-        print(json.dumps(report, ensure_ascii=False))
+        output_json(report)

@@ -53,13 +53,14 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     if args.every < 1:
         raise UserError(f"--every must be at least 1, not {args.every}.")
     from flux_jax.evaluate import image_folders, nano, paired
-    from flux_jax.runtime import compilation_cache
+    from flux_jax.runtime import compilation_cache, environment
 
     entries = plan(args)
     sampling = same_sampling(args, [entry.variant for entry in entries])
     for entry in entries:
         settings = {"benchmark": "nano", "model": entry.variant.identity(), "sampling": sampling, "seed": args.seed}
         image_folders.stamp(entry.out, settings)
+    environment.start_jax()
     compilation_cache.enable()
     reports, verdicts = [], []
     for entry in entries:

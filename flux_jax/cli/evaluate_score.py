@@ -4,11 +4,10 @@ In: NAME=PATH of what an evaluator wrote, for each system. Out: the tables on st
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from flux_jax.cli.main import path
+from flux_jax.cli.main import output, path
 from flux_jax.errors import UserError
 from flux_jax.evaluate import results
 from flux_jax.evaluate.scoring import Measured, differences, estimates, page
@@ -50,5 +49,5 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
             "notes": notes,
         }
     if not args.json:
-        print("\n\n".join(pages), file=sys.stdout)
+        output("\n\n".join(pages))
     return report

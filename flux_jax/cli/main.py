@@ -1,8 +1,8 @@
 """What every program shares: its parser, its guard, its exit status; and the script `flux-jax`, which has them all.
 
 In: the arguments of a command line. Out: an exit status: 0, 2 (bad input), 3 (missing or gated weights), 4 (out of
-memory), 130 (interrupted); every foreseeable failure is one sentence on stderr, stdout has only what a script would
-read.
+memory), 130 (Ctrl-C), 143 (SIGTERM); every foreseeable failure is one sentence on stderr, stdout has only what a script
+would read.
 
 `flux-jax NAME ...` is `python -m flux_jax.NAME ...`, and `flux-jax convert` is `python -m convert`.
 """
@@ -17,15 +17,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from flux_jax.errors import UserError, pip_install
+from flux_jax.errors import UserError, pip_install, shortened
 from flux_jax.io.atomic import disk_is_full
-from flux_jax.runtime import memory, watchdog
+from flux_jax.io.reading import reason
+from flux_jax.runtime import environment, memory, stopping, watchdog
 from flux_jax.runtime.console import output, output_json, say
-from flux_jax.runtime.environment import version
 
 __all__ = ["Parser", "check_device", "guarded", "main", "output", "output_json", "path", "program", "say"]
 
 SCRIPT = "flux-jax"
+NO_MEMORY = "Out of memory; this needs a machine with more of it."
+NO_DISK = "The disk is full: free some space."
 PROGRAMS = {  # name -> module with `main`, what it is for
     "generate": ("flux_jax.cli.generate", "draw pictures from prompts"),
     "convert": ("convert.__main__", "published weights become a checkpoint, and back"),
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("program", metavar="PROGRAM", choices=list(PROGRAMS), help="one of those below; see its --help")
-    parser.add_argument("--version", action="version", version=f"flux_jax {version()}")
+    parser.add_argument("--version", action="version", version=f"flux_jax {environment.version()}")
 
     def refuse(argv: Sequence[str]) -> None:
         parser.parse_args(argv)
@@ -92,36 +94,48 @@ def guarded(
     argv: Sequence[str] | None = None,
     *,
     interrupted: str = "Interrupted.",
-    no_memory: str = "Out of memory; this needs a machine with more of it.",
-    no_disk: str = "The disk is full: free some space.",
+    no_memory: str = NO_MEMORY,
+    no_disk: str = NO_DISK,
 ) -> int:
     """Calls it with the arguments, by default the process's own, and returns the exit status: what it returned, or 0
     for None. Foreseeable failures, and warnings meant for users, are sentences on stderr; the three last arguments are
-    those for Ctrl-C, for memory and for disk."""
+    those for Ctrl-C and SIGTERM, for memory and for disk."""
     try:
-        with warnings.catch_warnings():
+        with stopping.caught(interrupted), warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_, **__: say(in_flags(str(message)))
             status = command(sys.argv[1:] if argv is None else argv) or 0
         watchdog.leave()
         return status
-    except UserError as error:
-        status, sentence = error.exit_code, in_flags(str(error))
-    except KeyboardInterrupt:
-        status, sentence = 130, interrupted
-    except Exception as error:
-        if memory.is_exhausted(error):
-            status, sentence = 4, no_memory
-        elif disk_is_full(error):
-            status, sentence = 2, no_disk
-        elif watchdog.several():
+    except BaseException as error:
+        if number := stopping.stopped_by(error):
+            stopping.speak()
+            status = 128 + number
+        elif found := foreseeable(error, no_memory, no_disk):
+            status, sentence = found
+            say(sentence)
+        elif watchdog.several() and isinstance(error, Exception):
             watchdog.stop()
         else:
             raise
-    say(sentence)
     if watchdog.several():
         os._exit(status)  # at once: an ordinary exit would wait for the others
     return status
+
+
+def foreseeable(error: BaseException, no_memory: str = NO_MEMORY, no_disk: str = NO_DISK) -> tuple[int, str] | None:
+    """The exit status and the sentence of a failure that is no bug of ours; None for one that is."""
+    if isinstance(error, UserError):
+        return error.exit_code, in_flags(str(error))
+    if memory.is_exhausted(error):
+        return 4, no_memory
+    if disk_is_full(error):
+        return 2, no_disk
+    if isinstance(error, OSError) and error.filename is not None:  # the last net: readers and writers say more
+        return 2, str(UserError(f"Cannot use {error.filename}: {reason(error)}."))
+    if isinstance(error, Exception) and (refusal := environment.refusal_to_start()):
+        return 2, str(refusal)
+    return None
 
 
 def in_flags(text: str) -> str:
@@ -132,12 +146,19 @@ def in_flags(text: str) -> str:
 
 
 def check_device(device: str | None) -> None:
-    """No silent fallback: a GPU that was asked for must be there, one that is there but not usable is mentioned."""
+    """Starts JAX. No silent fallback: a GPU that was asked for must be there, one that is there but not usable is
+    mentioned."""
+    environment.start_jax()
     import jax
 
     if jax.default_backend() == "gpu" or device == "cpu":
         return
+    asked = os.environ.get("JAX_PLATFORMS")
+    if device == "gpu" and asked and not {"gpu", "cuda", "rocm"} & set(asked.split(",")):
+        raise UserError(
+            f"JAX_PLATFORMS={shortened(asked, quote=False)} keeps JAX from a GPU; unset it, or --device cpu."
+        )
     if device == "gpu":
         raise UserError(f"JAX finds no GPU; install its plugin with {pip_install('cuda13')}, or use --device cpu.")
-    if Path("/proc/driver/nvidia/version").exists():
+    if not asked and Path("/proc/driver/nvidia/version").exists():
         say(f"JAX cannot use the NVIDIA driver that is here: running on the CPU ({pip_install('cuda13')}).")

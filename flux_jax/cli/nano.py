@@ -24,6 +24,7 @@ from flux_jax.cli.main import Parser, guarded, path, program
 from flux_jax.io import atomic
 from flux_jax.nano import training
 from flux_jax.nano.training import Recipe
+from flux_jax.runtime.environment import start_jax
 
 RECIPES = {
     "text": Recipe(steps=600, batch=128),
@@ -77,10 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def use_all_cores() -> None:
-    """One CPU device per core: data parallelism keeps all of them busy, XLA's parallel products alone do not."""
+    """Starts JAX with one CPU device per core: data parallelism keeps all of them busy, XLA's parallel products alone
+    do not."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    start_jax()
 
 
 def train_vae(args: argparse.Namespace) -> None:

@@ -4,10 +4,9 @@ In: how many pictures of each kind, a seed. Out: the shares of `flux_jax.nano.or
 stdout.
 """
 
-import json
 from collections.abc import Sequence
 
-from flux_jax.cli.main import Parser, guarded, program
+from flux_jax.cli.main import Parser, guarded, output_json, program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,4 +25,4 @@ def run(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     from flux_jax.nano.oracle_calibration import measure
 
-    print(json.dumps(measure(options.count, options.seed, options.size)))
+    output_json(measure(options.count, options.seed, options.size))

@@ -7,7 +7,6 @@ flags that make it.
 
 import argparse
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,10 +16,11 @@ import jax.numpy as jnp
 from flux_jax import validation
 from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.cli.arguments import OFFLOADING, TILING, parse_size
-from flux_jax.cli.main import Parser, guarded, in_flags, program, say
+from flux_jax.cli.main import Parser, guarded, in_flags, output, output_json, program, say
 from flux_jax.config import dev, schnell
 from flux_jax.errors import UserError
 from flux_jax.runtime import aot
+from flux_jax.runtime.environment import start_jax
 from flux_jax.sampling.planner import AbstractModel, Planner, describe, model_of
 
 PRESETS = {"dev": dev, "schnell": schnell}
@@ -67,6 +67,7 @@ def run(argv: Sequence[str]) -> int:
     if args.batch < 1:
         raise UserError(f"--batch must be at least 1, not {args.batch}.")
     os.environ.setdefault(aot.SKIP_CHECK, "1")
+    start_jax()
     if args.model in PRESETS:
         ternary = (args.activations or "bf16") if args.weights == "ternary" else None
         model = AbstractModel(PRESETS[args.model](), ternary, jnp.dtype(jnp.bfloat16))
@@ -82,7 +83,10 @@ def run(argv: Sequence[str]) -> int:
         text, figures = described(planner, args)
     form = "bf16" if model.activations is None else f"ternary, {model.activations} activations"
     head = f"{model.config.name} ({form}), {width}x{height}, {steps} steps"
-    print(json.dumps({"model": model.config.name, "weights": form, **figures}) if args.json else f"{head}\n{text}")
+    if args.json:
+        output_json({"model": model.config.name, "weights": form, **figures})
+    else:
+        output(f"{head}\n{text}")
     return 0 if figures["fits"] else 4
 
 

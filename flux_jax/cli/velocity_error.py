@@ -9,16 +9,16 @@ Lines for people on stderr, one JSON object on stdout.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux_jax import validation
-from flux_jax.cli.main import Parser, guarded, program, say
+from flux_jax.cli.main import Parser, guarded, output_json, program, say
 from flux_jax.errors import UserError
 from flux_jax.io import prompts
+from flux_jax.runtime.environment import start_jax
 
 if TYPE_CHECKING:
     from flux_jax.checkpoints.checkpoint import Checkpoint
@@ -56,6 +56,7 @@ def run(argv: Sequence[str]) -> None:
         )
     if not args.students and not args.rounded:
         raise UserError("Nothing to compare: name a student, or give --rounded.")
+    start_jax()
     import jax.numpy as jnp
 
     from flux_jax.checkpoints.checkpoint import Checkpoint
@@ -85,7 +86,7 @@ def run(argv: Sequence[str]) -> None:
         line = f"velocity error {result['velocity_mean']:.4f}, latent PSNR {result['psnr']:.2f} dB"
         say(f"{name}: {line}")
     about = {"teacher": str(args.teacher), "pictures": args.count, "sigmas": sigmas.tolist(), "students": found}
-    print(json.dumps(about))
+    output_json(about)
 
 
 def batches_of(texts: Sequence[str], stored: "Checkpoint", seed: int, dtype: Any) -> list[tuple[Any, ...]]:

@@ -1,8 +1,6 @@
 """`python -m flux_jax.compare`: see `flux_jax.cli.compare`."""
 
-import sys
-
-from flux_jax.cli.compare import main
+from flux_jax.cli.launch import launch
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch("flux_jax.cli.compare")

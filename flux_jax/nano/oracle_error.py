@@ -1,8 +1,6 @@
 """`python -m flux_jax.nano.oracle_error`: see `flux_jax.cli.oracle_error`."""
 
-import sys
-
-from flux_jax.cli.oracle_error import main
+from flux_jax.cli.launch import launch
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch("flux_jax.cli.oracle_error")

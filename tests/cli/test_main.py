@@ -1,6 +1,8 @@
 """What all programs share: the script `flux-jax`, the guard with its exit statuses, the library's words as flags."""
 
 import importlib
+import importlib.util
+import runpy
 import subprocess
 import sys
 import warnings
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flux_jax import validation
-from flux_jax.cli import main
+from flux_jax.cli import launch, main
 from flux_jax.errors import UserError
 from pallas_kernels.dispatch import ACTIVATIONS
 
@@ -17,16 +19,20 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", main.PROGRAMS)
-def test_every_program_is_behind_the_script_and_behind_python_m(name, capsys):
+def test_every_program_is_behind_the_script_and_behind_python_m(name, capsys, monkeypatch):
     module, _ = main.PROGRAMS[name]
     with pytest.raises(SystemExit) as stopped:
         main.main([name, "--help"])
     assert stopped.value.code == 0
     called = "convert" if name == "convert" else f"flux_jax.{name}"
     assert f"usage: python -m {called}" in capsys.readouterr().out
-    behind = importlib.import_module(called if name.count(".") or name == "convert" else f"flux_jax.{name}")
-    stub = importlib.import_module(f"{called}.__main__") if hasattr(behind, "__path__") else behind
-    assert stub.main is importlib.import_module(module).main
+    launched = []
+    monkeypatch.setattr(launch, "launch", launched.append)
+    spec = importlib.util.find_spec(called)
+    if spec.submodule_search_locations:
+        spec = importlib.util.find_spec(f"{called}.__main__")
+    runpy.run_path(spec.origin, run_name="__main__")
+    assert launched == [module]
 
 
 def test_the_script_says_what_there_is(capsys):
