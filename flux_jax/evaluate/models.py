@@ -8,10 +8,11 @@ paper's "no kernel"), triton, or interpret, which runs the Triton kernels on any
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flux_jax.errors import UserError
+from flux_jax.errors import UserError, shortened
 from flux_jax.validation import ACTIVATIONS, OFFLOAD_MODES
 
 if TYPE_CHECKING:
@@ -41,13 +42,15 @@ class Variant:
     @classmethod
     def parse(cls, text: str) -> "Variant":
         """MODEL or MODEL@OPTION=VALUE,...; a folder whose name holds "@" is taken as it is."""
-        model, _, tail = (text, "", "") if Path(text).exists() else text.partition("@")
+        model, _, tail = (text, "", "") if os.path.exists(text) else text.partition("@")
         chosen = {}
         for pair in tail.split(",") if tail else ():
             name, _, value = pair.partition("=")
             if value not in OPTIONS.get(name, ()):
                 known = "; ".join(f"{option}={'|'.join(values)}" for option, values in OPTIONS.items())
-                raise UserError(f"{text}: cannot read {pair!r}; after @ may stand {known}, separated by commas.")
+                raise UserError(
+                    f"{shortened(text, quote=False)}: cannot read {shortened(pair)}; after @ may stand {known}, separated by commas."
+                )
             chosen[name] = value
         return cls(model, **chosen)
 
