@@ -194,8 +194,8 @@ def alone(folder: Path) -> Iterator[None]:
     check_writable(inside)
     with contextlib.ExitStack() as held:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held.callback(_remove_empty, folder)
+            (final := followed(folder)).mkdir(parents=True, exist_ok=True)
+            held.callback(_remove_empty, final)
             held.enter_context(exclusive(inside, called=folder))
         except OSError as error:
             raise cannot_write(folder, error) from error
