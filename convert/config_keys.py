@@ -129,7 +129,7 @@ exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_
 no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values repetition_penalty
 suppress_tokens temperature top_k top_p typical_p
 """
-TRANSFORMERS = set(OF_TRANSFORMERS.split())
+TRANSFORMERS: set[str] = set(OF_TRANSFORMERS.split())
 # keys that change no number of what we compute: names, versions, dropout, the decoder's, a generation's of text
 HARMLESS: dict[str, set[str]] = {
     "transformer": DIFFUSERS,
