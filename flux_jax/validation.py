@@ -6,7 +6,7 @@ one sentence. Pure Python: a wrong flag is answered before JAX is imported.
 
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -54,7 +54,7 @@ def nearest_multiple(edge: int | float, multiple: int) -> int:
     return max(1, math.floor(edge / multiple + 0.5)) * multiple
 
 
-def fit_size(config: FluxConfig, height: int, width: int, *, strict: bool = False) -> tuple[int, int, list[str]]:
+def fit_size(config: FluxConfig, height: Any, width: Any, *, strict: bool = False) -> tuple[int, int, list[str]]:
     """(height, width, notices): each edge rounded to whole tokens, with a sentence for each that changed.
 
     Raises UserError for a size no model can draw, and under `strict` for one that would have to be rounded.
@@ -101,17 +101,25 @@ def check_text(text: Any, name: str = "prompt") -> str:
     return text
 
 
-def seeds_of(seed: int | Iterable[int] | None, count: int) -> list[int]:
+def seeds_of(seed: Any, count: int) -> list[int]:
     """A seed for each of `count` pictures: those given, or counted up from one, given or drawn at random."""
-    if isinstance(seed, Iterable) and not isinstance(seed, str | bytes):
-        if len(seeds := list(seed)) != count:
-            raise UserError(f"{len(seeds)} seeds for {count} pictures; pass one for each, or one for all.")
-        return check_seeds(seeds)
     if seed is None:
         first = random_seed()
         return [(first + i) % SEED_LIMIT for i in range(count)]
-    (first,) = check_seeds([seed])
-    return check_seeds([first + i for i in range(count)])
+    if isinstance(seed, str | bytes) or (seeds := listed(seed)) is None:
+        (first,) = check_seeds([seed])
+        return check_seeds([first + i for i in range(count)])
+    if len(seeds) != count:
+        raise UserError(f"{len(seeds)} seeds for {count} pictures; pass one for each, or one for all.")
+    return check_seeds(seeds)
+
+
+def listed(given: Any) -> list[Any] | None:
+    """The members of a list, an array or the like; None for what has none."""
+    try:
+        return list(given)
+    except TypeError:
+        return None
 
 
 def check_seeds(seeds: Sequence[Any]) -> list[int]:
@@ -136,9 +144,7 @@ def _way_out(seed: Any) -> str:
     )
 
 
-def check_numbers(
-    config: FluxConfig, *, steps: int, guidance: int | float, true_cfg: int | float, max_sequence_length: int
-) -> None:
+def check_numbers(config: FluxConfig, *, steps: Any, guidance: Any, true_cfg: Any, max_sequence_length: Any) -> None:
     """Raises UserError unless each number is one that the model can use."""
     if not is_whole(steps, *RANGES["steps"]):
         raise UserError(f"The number of steps must be from 1 to {MAX_STEPS}, not {shortened(steps)}.")

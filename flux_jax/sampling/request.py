@@ -5,7 +5,6 @@ default. Out: `SamplingRequest`, or a UserError of one sentence. Nothing here co
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,22 +41,22 @@ class SamplingRequest:
         cls,
         config: FluxConfig,
         *,
-        prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: int | float | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
+        prompt: Any = None,
+        height: Any = None,
+        width: Any = None,
+        num_inference_steps: Any = None,
+        guidance_scale: Any = None,
+        num_images_per_prompt: Any = 1,
+        seed: Any = None,
         latents: Any = None,
         prompt_embeds: Any = None,
         pooled_prompt_embeds: Any = None,
-        negative_prompt: str | Sequence[str] | None = None,
-        true_cfg_scale: int | float = 1.0,
-        max_sequence_length: int | None = None,
+        negative_prompt: Any = None,
+        true_cfg_scale: Any = 1.0,
+        max_sequence_length: Any = None,
     ) -> "SamplingRequest":
-        """The request of `FluxPipeline.__call__`'s arguments, which describes them. UserError where
-        there is nothing to draw."""
+        """The request of `FluxPipeline.__call__`'s arguments, which describes them; numbers may be numpy's. UserError
+        for what cannot be drawn, whatever its type."""
         defaults = config.sampling
         steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         guidance = defaults.guidance_scale if guidance_scale is None else guidance_scale
@@ -112,9 +111,9 @@ def _texts(given: Any) -> list[Any]:
     """One text, several, or none (None), as a list."""
     if given is None or isinstance(given, str):
         return [] if given is None else [given]
-    if not isinstance(given, Iterable):
+    if (texts := validation.listed(given)) is None:
         raise UserError(f"A prompt must be text, or a list of texts, not {shortened(given)}.")
-    return list(given)
+    return texts
 
 
 def _embeddings(config: FluxConfig, text: Any, pooled: Any) -> tuple[Any, Any]:

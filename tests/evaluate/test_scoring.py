@@ -187,6 +187,8 @@ def remove(name):
         (remove("00003/samples/0003.png"), "00003/samples"),
         (remove("00003/metadata.jsonl"), "metadata.jsonl"),
         (lambda folder: [p.unlink() for p in (folder / "00003/samples").iterdir()], "picture 0"),
+        (lambda folder: (folder / "00003/samples/3.png").touch(), "picture 3 twice"),
+        (lambda folder: (folder / "00003/samples/999999999999.png").touch(), "picture 4"),
         (lambda folder: write_lines(folder / "results.jsonl", ALL_RIGHT[:-4]), "72"),
         (lambda folder: write_lines(folder / "results.jsonl", ALL_RIGHT[:-1]), "color_attr 2"),
     ],
@@ -198,6 +200,14 @@ def test_geneval_folders_with_holes(tmp_path, capsys, damage, named, snapshot_me
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and not out
     snapshot_message(err, named)
+
+
+def test_names_that_only_look_like_numbers(tmp_path):
+    """A digit to Python need not be a number to it."""
+    folder = geneval_folder(tmp_path / "images", ALL_RIGHT)
+    (folder / "²").mkdir()
+    (folder / "00003/samples/².png").touch()
+    assert results.read(folder, "x")[0] == "geneval"
 
 
 @pytest.mark.parametrize(
@@ -231,6 +241,29 @@ def test_t2i_folders_with_holes(tmp_path, damage, named, snapshot_message):
     damage(t2i_folder(tmp_path, "color", {"a dog": [0.5] * 10, "a cat": [0.4] * 10}))
     with snapshot_message.raises(UserError, named, volatile="Expecting.*"):
         results.read_t2i_compbench(tmp_path / "color", "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 99999, "not valid JSON"),
+        ('[{"question_id": 0, "answer": NaN}]', "not valid JSON"),
+        ('[{"question_id": 0, "answer": "nan"}]', "answer nan is out of range"),
+        ('[{"question_id": 0, "answer": 1e400}]', "answer inf is out of range"),
+        (f'[{{"question_id": 0, "answer": 1{"0" * 400}}}]', 'a numeric "answer"'),
+        ('[{"question_id": 1e400, "answer": 1}]', 'needs a "question_id"'),
+        ('[{"question_id": 0.5, "answer": 1}]', 'needs a "question_id"'),
+        ('[{"question_id": true, "answer": 1}]', 'needs a "question_id"'),
+        (f'[{{"question_id": "{"9" * 5000}", "answer": 1}}]', 'needs a "question_id"'),
+        ('[{"question_id": -1, "answer": 1}]', "out of range"),
+        ("{}", "entry 1"),
+    ],
+)
+def test_answers_that_are_none(tmp_path, text, said):
+    folder = t2i_folder(tmp_path, "color", {"a dog": [0.5]})
+    (folder / RESULT).write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)):
+        results.read_t2i_compbench(folder, "x")
 
 
 @pytest.mark.parametrize(
