@@ -2,8 +2,11 @@
 its folder is opened, and nothing is waited for."""
 
 import json
+import logging
 import os
 import shutil
+import sys
+import types
 import zlib
 
 import numpy as np
@@ -12,7 +15,7 @@ import tiny_model
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
-from flux_jax.checkpoints import checksums, integrity
+from flux_jax.checkpoints import checksums, integrity, silence
 from flux_jax.checkpoints.checkpoint import Checkpoint, is_checkpoint, resolve
 from flux_jax.checkpoints.checksums import CRCS, SUMS
 from flux_jax.checkpoints.manifest import MANIFEST
@@ -259,6 +262,22 @@ def test_lost_metadata_is_one_sentence(saved, name, length, capfd):
         Checkpoint.open(saved).load("clip")
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
+
+
+def test_what_a_failed_read_leaves_behind_says_nothing_and_others_do(caplog, monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    silence._mute_left_behind.cache_clear()
+    with silence.silenced():
+        logging.getLogger("absl").error("tried again")
+    for text in ('DATA_LOSS: Error opening "zarr3" driver', "mine"):
+        failed = ValueError(text)
+        logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=failed)
+    assert [record.exc_info[1] for record in caplog.records] == [failed]
+    late, other = (types.SimpleNamespace(object=None, exc_value=RuntimeError(e)) for e in ("Event loop is closed", "x"))
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert heard == [other]
 
 
 @pytest.mark.parametrize("read", [lambda c: c.read("clip", [WEIGHT]), lambda c: list(c.stream("clip", [WEIGHT]))])
