@@ -155,6 +155,14 @@ def test_pictures_that_a_clip_wants_otherwise(tmp_path, preparation, named, snap
             towers.check_preparation(path, 32)
 
 
+def test_how_pictures_are_made_is_looked_at_before_any_is(tmp_path):
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "preprocessor_config.json").write_text('{"do_resize": false}')
+    with pytest.raises(UserError, match="do_resize"):
+        clip.judge(tmp_path, PROMPTS)
+
+
 @pytest.mark.parametrize("kind", ["pipe", "nothing", "text", "float8", "outside", "a folder of its own"])
 def test_files_that_hold_no_network(tmp_path, kind, snapshot_message):
     file = tmp_path / "lpips.safetensors"
