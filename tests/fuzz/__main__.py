@@ -1,6 +1,6 @@
 """Gives wrong inputs to every reader of outside files: `python -m tests.fuzz [TARGET ...] [--inputs N]`.
 
-In: targets (default: checkpoint, safetensors, png, prompts, config), the number of inputs of each. Out: a line for
+In: targets of NAMES (default: all), the number of inputs of each. Out: a line for
 every fault (a traceback, a hang, a crash, a wrong load, words that are no sentence) with the number that makes it again
 (`--only`), and a JSON object with the counts on stdout. Exit status 1 where there is a fault.
 
@@ -23,7 +23,7 @@ from pathlib import Path
 HANG = 60.0  # seconds for one input
 GROWTH = 1.5e9  # bytes of memory that one input may take
 NOISE = ("Traceback", "never retrieved", "Exception ignored")  # on stderr, whatever the outcome
-NAMES = ("checkpoint", "safetensors", "png", "prompts", "config")
+NAMES = ("checkpoint", "safetensors", "png", "converter", "prompts", "config")
 
 
 def work(name: str, start: int, stop: int, seed: int) -> None:

@@ -122,7 +122,7 @@ def become_link(target: str) -> Callable[[Path], None]:
 
 def become_large(path: Path) -> None:
     with open(path, "wb") as file:
-        file.truncate(2**36)
+        file.truncate(2**31)
 
 
 KINDS: dict[str, Callable[[Path], None]] = {
@@ -134,7 +134,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "a link to its folder": become_link("."),
     "a device": become_link("/dev/zero"),
     "a file of the system": become_link("/etc/passwd"),
-    "64 GiB of nothing": become_large,
+    "2 GiB of nothing": become_large,
 }
 
 

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
+import safetensors.numpy
 import tiny_model
 from flax import nnx
 from PIL import Image, PngImagePlugin
 
+from convert import run, sources
+from convert.export import export
 from flux_jax.checkpoints import checksums, writer
 from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.checkpoints.tokenizers import Tokenizers
@@ -253,7 +255,9 @@ class SafetensorsTarget(Target):
         return f"{chosen}: {done}"
 
     def read(self) -> str:
-        source = Source.from_path(self.input)
+        index = self.input / "model.safetensors.index.json"
+        shards = sorted(self.input.glob("*.safetensors"))
+        source = Source.of_index(self.input, index) if os.path.lexists(index) else Source.of(self.input, shards)
         if source.faults:
             for fault in source.faults[:LINES]:
                 if len(fault) > LONGEST:
@@ -273,6 +277,51 @@ class SafetensorsTarget(Target):
             np.array_equal(found[name], self.tensors[name], equal_nan=False) for name in found
         )
         return "equal" if same else "other"
+
+
+class ConverterTarget(Target):
+    """A published CLIP with its config and tokenizer, through the whole converter."""
+
+    def setup(self) -> None:
+        config = tiny_model.published_config()
+        words = tiny_model.tokenizers(self.folder / "words", config)
+        made = writer.save(self.folder / "made", config, tiny_model.modules(config), tokenizers=words)
+        export(made, self.folder / "published", quiet=True)
+        self.base, self.input, self.out = self.folder / "base", self.folder / "input", self.folder / "out"
+        for name in ("text_encoder", "tokenizer", "tokenizer_2", "scheduler"):
+            shutil.copytree(self.folder / "published" / name, self.base / name)
+        shutil.copy(self.folder / "published" / "model_index.json", self.base)
+        self.files = sorted(path.relative_to(self.base) for path in self.base.rglob("*") if path.is_file())
+        self.config = config
+
+    def make(self, random: Random) -> str:
+        remove(self.out)
+        remove(self.input)
+        shutil.copytree(self.base, self.input)
+        file = self.input / mutations.pick(random, self.files)
+        if random.random() < 0.1:
+            return mutations.replaced(random, file)
+        if file.suffix == ".json" and random.random() < 0.8:
+            text, done = mutations.edited(random, json.loads(file.read_bytes()))
+            file.write_text(text, "utf-8", errors="surrogatepass")
+        else:
+            data, done = mutations.damaged(random, file.read_bytes())
+            file.write_bytes(data)
+        return f"{file.relative_to(self.input)}: {done}"
+
+    def read(self) -> str:
+        model = sources.find(self.input, components=("clip",))
+        run.convert(model, self.out, quiet=True)
+        stored = Checkpoint.open(self.out)
+        found = stored.read("clip", stored.table("clip"))
+        (file,) = model.sources["clip"].files
+        there = safetensors.numpy.load_file(file)
+        right = sorted((value.size, value.tobytes()) for value in there.values())
+        if right != sorted((value.size, value.tobytes()) for value in found.values()):
+            raise Fault("writes other weights than the reference reads")
+        Tokenizers.load(stored.tokenizers, stored.config)
+        checksums.check(self.out)
+        return "equal" if stored.config.clip == self.config.clip else "other"
 
 
 class PictureTarget(Target):
@@ -412,6 +461,7 @@ TARGETS = {
     "checkpoint": CheckpointTarget,
     "safetensors": SafetensorsTarget,
     "png": PictureTarget,
+    "converter": ConverterTarget,
     "prompts": PromptsTarget,
     "config": ConfigTarget,
 }

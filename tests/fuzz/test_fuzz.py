@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz.targets import TARGETS
 
-QUICK = {"checkpoint": 12, "safetensors": 150, "png": 100, "prompts": 100, "config": 100}
+QUICK = {"checkpoint": 12, "safetensors": 150, "png": 100, "converter": 6, "prompts": 100, "config": 100}
 
 
 def share(name, folder, first, count):
