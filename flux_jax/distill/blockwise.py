@@ -181,11 +181,17 @@ class Blockwise:
             for writer in (vectors, *writers):
                 writer.finish()
 
+    def _states(self, who: str, index: int) -> np.memmap:
+        return memmap_store.open_store(self.states(who, index), "x")["x"]
+
+    def _vectors(self) -> np.memmap:
+        return memmap_store.open_store(self.vectors, "vec")["vec"]
+
     def _propagate(self, who: str, index: int, block: Callable[[Any, Any, Any], jax.Array]) -> None:
         """States in front of block index + 1: block(x, vec, rope) of those in front of block `index`."""
         if self.states(who, index + 1).exists():
             return
-        x, vec = memmap_store.open_store(self.states(who, index))["x"], memmap_store.open_store(self.vectors)["vec"]
+        x, vec = self._states(who, index), self._vectors()
         with memmap_store.StoreWriter(self.states(who, index + 1), {"x": (x.shape, x.dtype)}) as writer:
             for part in self._chunks():
                 y = meshes.fetch(block(self._put(x[part]), self._put(vec[part]), self.rope))
@@ -207,10 +213,10 @@ class Blockwise:
         """Student block k learns, unless its result is there; returns the block's graph."""
         work, name, options = self.work, self.work.blocks[k], self.options
         inputs = {
-            "student": memmap_store.open_store(self.states("student", k))["x"],
-            "teacher": memmap_store.open_store(self.states("teacher", k))["x"],
-            "target": memmap_store.open_store(self.states("teacher", k + 1))["x"],
-            "vec": memmap_store.open_store(self.vectors)["vec"],
+            "student": self._states("student", k),
+            "teacher": self._states("teacher", k),
+            "target": self._states("teacher", k + 1),
+            "vec": self._vectors(),
         }
 
         def batch(step: int, mean: Any = None) -> dict[str, np.ndarray]:

@@ -65,7 +65,8 @@ def read_blockwise(work: RunContext, names: list[str]) -> dict[str, np.ndarray]:
         kind, _, inner = name.partition(".")
         if kind in ("double_blocks", "single_blocks"):
             index, _, inner = inner.partition(".")
-            arrays[name] = np.asarray(memmap_store.open_store(work.folder / "blockwise" / f"{kind}.{index}")[inner])
+            store = memmap_store.open_store(work.folder / "blockwise" / f"{kind}.{index}", inner)
+            arrays[name] = np.asarray(store[inner])
         else:
             rest.append(name)
     return arrays | read_rounded(work, rest) if rest else arrays

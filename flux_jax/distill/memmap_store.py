@@ -93,8 +93,9 @@ def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         writer.finish()
 
 
-def open_store(folder: Path) -> dict[str, np.memmap]:
-    """The arrays of a store by name, to be read. UserError where a file is missing or of another size than it was."""
+def open_store(folder: Path, *needed: str) -> dict[str, np.memmap]:
+    """The arrays of a store by name, to be read. UserError where one that is `needed` or a file is missing, or a file
+    is of another size than it was."""
     remedy = f"delete {folder}, and the same call makes it again"
     arrays = {}
     for name, entry in reading.read_object(folder / TABLE, remedy=remedy).items():
@@ -111,6 +112,8 @@ def open_store(folder: Path) -> dict[str, np.memmap]:
         if (found := reading.check_regular(file, remedy=remedy).st_size) != written:
             raise UserError(f"{file} has {found} bytes, and {written} were written: {remedy}.")
         arrays[name] = np.memmap(file, dtype, "r", shape=shape)
+    if lacking := [name for name in needed if name not in arrays]:
+        raise UserError(f"{folder} lacks {lacking[0]}: {remedy}.")
     return arrays
 
 

@@ -32,6 +32,7 @@ from flux_jax.sampling.schedule import initial_noise, pack_latents
 from flux_jax.training import mesh as meshes
 
 STORED = np.float16
+ARRAYS = ("x", "velocity", "text", "pooled")  # of a chunk
 
 
 def order(prompts: list[str], seed: int, count: int) -> list[str]:
@@ -98,7 +99,7 @@ class Trajectories:
 
     def __init__(self, work: RunContext, folder: Path, count: int, chunk: int):
         self.sigmas, self.count, self.chunk, self.steps = work.sigmas, count, chunk, work.steps
-        self._chunks = [memmap_store.open_store(path) for path in chunk_paths(folder, count, chunk)]
+        self._chunks = [memmap_store.open_store(path, *ARRAYS) for path in chunk_paths(folder, count, chunk)]
 
     def points(self, rows: np.ndarray, steps: np.ndarray) -> dict[str, np.ndarray]:
         """Point steps[k] of trajectory rows[k], for each k: x and velocity [m, i, c], t [m], text, pooled; float32."""

@@ -83,6 +83,7 @@ DAMAGE = {
     "half a row": table(lambda found: found | {"x": [[4, 2, 3.5], "float16"]}),
     "fewer than no rows": table(lambda found: found | {"x": [[-4, -2, 3], "float16"]}),
     "more rows than a file can have": table(lambda found: found | {"x": [[10**30], "float16"]}),
+    "another array": table(lambda found: {"vec": found["vec"]}),
     "a file elsewhere": table(lambda found: {"../x": [[4, 2, 3], "float16"]}),
 }
 
@@ -93,7 +94,7 @@ def test_a_damaged_store_is_a_sentence_that_says_what_to_delete(case, tmp_path):
     (tmp_path / "x.bin").write_bytes(b"\0" * 48)
     DAMAGE[case](folder)
     with pytest.raises(UserError, match=f"delete {folder}, and the same call makes it again"):
-        memmap_store.open_store(folder)
+        memmap_store.open_store(folder, "x")
 
 
 def alone() -> None:
