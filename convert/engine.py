@@ -7,7 +7,7 @@ dtypes fit; one report has all faults.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,8 +166,8 @@ def stored_as(source: Source, weight: Weight) -> list[np.dtype]:
 
 
 def kept_as(stored: Iterable[np.dtype]) -> np.dtype:
-    """The dtype of a weight that keeps what its pieces hold: the smallest of bfloat16, float16 and float32 that does,
-    and float32 where none does, for float64."""
+    """The dtype that keeps what pieces hold: the first of bfloat16, float16 and float32 that does, and float32 where
+    none does, for float64."""
     return next((dtype for dtype in KEPT if all(exact(each, dtype) for each in stored)), KEPT[-1])
 
 
@@ -178,11 +178,20 @@ def exact(stored: np.dtype, dtype: np.dtype) -> bool:
     return within and a.nmant <= b.nmant
 
 
-def read_weight(source: Source, weight: Weight, dtype: Any = None) -> np.ndarray:
-    """One weight in `dtype` (None: as `kept_as` says), its pieces read one after the other. The caller has checked the
-    plan."""
+def own_dtypes(source: Source, weights: Mapping[str, Weight]) -> dict[str, np.dtype]:
+    """The dtype in which each weight keeps what its pieces hold, the same for all layers of a kind: the program stacks
+    them."""
+    pieces: dict[str, list[np.dtype]] = {}
+    kinds = {path: re.sub(r"^(\w+)\.\d+\.", r"\1.*.", path) for path in weights}
+    for path, weight in weights.items():
+        pieces.setdefault(kinds[path], []).extend(stored_as(source, weight))
+    own = {kind: kept_as(set(stored)) for kind, stored in pieces.items()}
+    return {path: own[kinds[path]] for path in weights}
+
+
+def read_weight(source: Source, weight: Weight, dtype: Any) -> np.ndarray:
+    """One weight in `dtype`, its pieces read one after the other. The caller has checked the plan."""
     stored = stored_as(source, weight)
-    dtype = kept_as(stored) if dtype is None else dtype
     out = np.empty(weight.shape, dtype)
     for piece, found in zip(weight.pieces, stored, strict=True):
         rows = out[piece.start : piece.stop]

@@ -19,6 +19,7 @@ from convert import identify
 from flux_jax.errors import UserError, shortened
 from flux_jax.io import reading
 from flux_jax.io.safetensors import AGAIN, Source
+from flux_jax.models.params import COMPONENTS
 
 STANDARD = {
     "transformer": "diffusion_pytorch_model",
@@ -116,7 +117,7 @@ def _told(candidate: Candidate, folder: Path, component: str) -> str:
         source = candidate.source(folder)
     except UserError as error:
         return str(error)
-    return source.faults[0] if source.faults else f"{candidate.name} {identify.what(source, component)}"
+    return source.faults[0] if source.faults else f"{candidate.name} {identify.what(source, component) or 'is one'}"
 
 
 def search(folder: Path, component: str) -> Source | None:
@@ -126,36 +127,32 @@ def search(folder: Path, component: str) -> Source | None:
     return replace(found, where=str(found.files[0])) if found and found.files else found
 
 
-def damaged(folder: Path) -> list[str]:
-    """What is wrong with the files of a folder."""
-    faults = []
-    for candidate in candidates(folder):
-        try:
-            faults += candidate.source(folder).faults
-        except UserError as error:
-            faults.append(str(error))
-    return faults
+def useless(folder: Path) -> list[str]:
+    """In words, each name in a folder under which no component can be read."""
+    told = [(each, _told(each, folder, "transformer")) for each in candidates(folder)]
+    return [words for each, words in told if not any(_holds(each, folder, component) for component in COMPONENTS)]
+
+
+def _holds(candidate: Candidate, folder: Path, component: str) -> bool:
+    with contextlib.suppress(UserError):  # of a file that is none
+        source = candidate.source(folder)
+        return not source.faults and identify.what(source, component) is None
+    return False
 
 
 def _fitting(folder: Path, component: str, found: list[Candidate]) -> Source | None:
     named = [each for each in found if each.stem == STANDARD[component]]
     for each in sorted(named, key=_quality):
         source = each.source(folder)
-        if source.faults or identify.holds(source, component):
+        if source.faults or identify.what(source, component) is None:
             if each.variant:
                 source.notes.append(f"{folder}: only a variant is there, and {shortened(each.variant)} was taken")
             return identify.take(source, component)
-    fitting = []
-    for each in found:
-        with contextlib.suppress(UserError):  # of a file that is none: another may do
-            if each not in named and identify.holds(source := each.source(folder), component):
-                fitting.append((each, source))
-    if len(fitting) > 1 and (best := [pair for pair in fitting if identify.what(pair[1], component) is None]):
-        fitting = best
+    fitting = [each for each in found if each not in named and _holds(each, folder, component)]
     if len(fitting) > 1:
-        names = ", ".join(each.name for each, _ in fitting[:SHOWN]) + (" ..." if len(fitting) > SHOWN else "")
+        names = ", ".join(each.name for each in fitting[:SHOWN]) + (" ..." if len(fitting) > SHOWN else "")
         raise UserError(f"{folder} holds {identify.NAMES[component]} more than once ({names}): name one of these files")
-    return identify.take(fitting[0][1], component) if fitting else None
+    return identify.take(fitting[0].source(folder), component) if fitting else None
 
 
 def _quality(candidate: Candidate) -> tuple[int, int, str]:

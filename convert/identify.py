@@ -63,7 +63,7 @@ FOREIGN = (
         f"in float8 with a scale for each weight (scaled fp8), which is not read: {BFLOAT16}, or in plain fp8",
     ),
     (
-        r"(^|[._])(lora|lokr|loha|hada|dora|oft)(_|\.|$)",
+        r"(^|[._])(lora|lokr|loha|hada|dora|oft)\d?(_|\.|$)",
         "a LoRA, a change to a model and not a model: merge it into the model that it was made for, then convert that",
     ),
     (r"(^|\.)(controlnet_|control_model\.|input_hint_block)", "a ControlNet, which flux_jax does not have"),
@@ -160,7 +160,8 @@ def what(source: Source, component: str) -> str | None:
         return f"{kind} {' and '.join(NAMES[each] for each in present)}, not {NAMES[component]}: give it by {flags}"
     for mark, words in OTHERS:
         if any(re.search(mark, name) for name in source.entries):
-            return f"is {words}, not {NAMES[component]}"
+            kind, colon, advice = words.partition(":")
+            return f"is {kind}, not {NAMES[component]}{colon}{advice}"
     first = f" (it begins with {shortened(next(iter(source.entries)))})" if source.entries else " (it has no tensor)"
     return f"is not {NAMES[component]} under a name that is known{first}"
 

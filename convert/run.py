@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from convert.engine import WeightMap, conversion_error, exact, kept_as, map_weights, read_weight, stored_as
+from convert.engine import WeightMap, conversion_error, exact, kept_as, map_weights, own_dtypes, read_weight, stored_as
 from convert.sources import Model, licence_files
 from convert.tokenizers import ensure_tokenizer_json
 from convert.weight_format import WeightFormat
@@ -31,6 +31,7 @@ from flux_jax.io.safetensors import Source
 MARGIN = 1.01  # of disk space beyond the weights, for the files around them
 AS_STORED = WeightFormat()
 T = TypeVar("T")
+Table = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # name of a weight -> its own dtype, its shape
 
 
 def convert(
@@ -45,10 +46,10 @@ def convert(
         component: {path: stored_as(model.sources[component], weight) for path, weight in plan.weights.items()}
         for component, plan in plans.items()
     }
-    tables = {
-        component: {path: (kept_as(stored[component][path]), weight.shape) for path, weight in plan.weights.items()}
-        for component, plan in plans.items()
-    }
+    tables = {}
+    for component, plan in plans.items():
+        own = own_dtypes(model.sources[component], plan.weights)
+        tables[component] = {path: (own[path], weight.shape) for path, weight in plan.weights.items()}
     total = _size(tables, form)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
         check_space(out, int(MARGIN * total))
@@ -57,7 +58,9 @@ def convert(
         warnings = [*model.notes, *_narrowed(stored, tables, form)]
         with _progress(total, quiet) as bar:
             for component, plan in plans.items():
-                warnings += _write(writer, component, _weights(plan, model.sources[component], form), form, bar)
+                warnings += _write(
+                    writer, component, _weights(plan, model.sources[component], tables[component], form), form, bar
+                )
             bar.set_description("hashing")
             sha256 = hashes.result()
         writer.finish(
@@ -109,13 +112,13 @@ def rewrite(
     return warnings
 
 
-def _size(tables: Mapping[str, Mapping[str, tuple[np.dtype, tuple[int, ...]]]], form: WeightFormat) -> int:
+def _size(tables: Mapping[str, Table], form: WeightFormat) -> int:
     return sum(form.nbytes(name, *row) for table in tables.values() for name, row in table.items())
 
 
 def _narrowed(
     stored: Mapping[str, Mapping[str, list[np.dtype]]],
-    tables: Mapping[str, Mapping[str, tuple[np.dtype, tuple[int, ...]]]],
+    tables: Mapping[str, Table],
     form: WeightFormat,
 ) -> list[str]:
     """A line for each pair of dtypes where weights lose digits or range; those that become ternary do so anyway."""
@@ -134,10 +137,13 @@ def _narrowed(
     return lines
 
 
-def _weights(plan: WeightMap, source: Source, form: WeightFormat) -> Iterable[tuple[str, np.ndarray, str]]:
+def _weights(
+    plan: WeightMap, source: Source, table: Table, form: WeightFormat
+) -> Iterable[tuple[str, np.ndarray, str]]:
     """Name, value, names in the source; what is to be rounded keeps the source's precision until then."""
     for path, weight in plan.weights.items():
-        value = read_weight(source, weight, None if form.rounds(path) else form.dtype)
+        own = table[path][0]
+        value = read_weight(source, weight, own if form.rounds(path) else form.stored(own))
         yield path, value, ", ".join(piece.name for piece in weight.pieces)
 
 

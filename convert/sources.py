@@ -75,11 +75,11 @@ def find(
     found = _in_folder(source, inside, notes) if files.is_folder(source) else _in_file(source, inside)
     sources = found.sources | {component: files.weights(path, component) for component, path in options.items()}
     if lacking := [component for component in wanted if component not in sources]:
-        if not found.index and os.path.isdir(source) and (faults := files.damaged(source)):
-            raise UserError(faults[0])
         flags = " ".join(f"--{component} PATH" for component in lacking)
         held = ", ".join(found.sources) or "no part that is asked for"
-        raise UserError(f"{source} holds only {held}: give {flags}, or --parts with what you want")
+        others = files.useless(source) if not found.index and os.path.isdir(source) else []
+        hint = f" ({others[0]})" if others else ""
+        raise UserError(f"{source} holds only {held}{hint}: give {flags}, or --parts with what you want")
     sources = {component: sources[component] for component in wanted}
     if tokenizers is None and found.index:
         tokenizers = source

@@ -10,12 +10,13 @@ Format: https://huggingface.co/docs/safetensors (8 bytes of little-endian header
 """
 
 import contextlib
+import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -119,7 +120,7 @@ class Source:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[io.FileIO]:
     """A regular file, unbuffered; whatever the system says while it is read is a UserError that names it."""
     reading.check_regular(path, remedy=AGAIN)
     try:
@@ -134,8 +135,9 @@ def read_index(path: Path) -> dict[str, str]:
     data = reading.read_object(path, most=reading.LARGE, remedy=AGAIN).get("weight_map")
     if not isinstance(data, dict) or not data or not all(isinstance(shard, str) for shard in data.values()):
         raise UserError(f"{path} is not an index of safetensors shards: {AGAIN}")
-    if out := next((shard for shard in data.values() if "\0" in shard or Path(shard).name != shard), None):
-        raise UserError(f"{path}: shard name {shortened(out)} leaves the folder")
+    out = [shard for shard in data.values() if shard in ("", "..") or "\0" in shard or Path(shard).name != shard]
+    if out:
+        raise UserError(f"{path}: shard name {shortened(out[0])} leaves the folder")
     return data
 
 
@@ -183,12 +185,8 @@ def _tiles(path: Path, header: Mapping[str, Any], begin: int, size: int) -> dict
 def _range(path: Path, name: str, item: Any) -> tuple[int, int]:
     """Where a tensor begins and ends in the data. UserError where its entry is none, or its bytes do not fit its
     shape."""
-
-    def counts(value: Any, most: int) -> bool:
-        return isinstance(value, list) and len(value) <= most and all(type(n) is int and n >= 0 for n in value)
-
     wrong = "is not described by dtype, shape and data_offsets"
-    if isinstance(item, dict) and counts(item.get("shape"), MOST_AXES) and counts(item.get("data_offsets"), 2):
+    if isinstance(item, dict) and _counts(item.get("shape"), MOST_AXES) and _counts(item.get("data_offsets"), 2):
         shape, dtype, offsets = item["shape"], item.get("dtype"), item["data_offsets"]
         if isinstance(dtype, str) and len(offsets) == 2:
             elements = math.prod(n for n in shape if n)
@@ -199,6 +197,10 @@ def _range(path: Path, name: str, item: Any) -> tuple[int, int]:
             else:
                 return offsets[0], offsets[1]
     raise UserError(f"{path}: damaged header: tensor {shortened(name)} {wrong}; {AGAIN}")
+
+
+def _counts(value: Any, most: int) -> bool:
+    return isinstance(value, list) and len(value) <= most and all(type(n) is int and n >= 0 for n in value)
 
 
 def file_header(
