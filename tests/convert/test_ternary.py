@@ -146,8 +146,8 @@ def test_activations_can_be_chosen_for_a_picture(pristine, original, tmp_path, c
     """Said in the picture's record, and followed when it is repeated; only ternary weights have the choice."""
 
     def draw(*words, model=pristine):
-        options = [] if "-C" in words else ["red", "--seed", "3", "--steps", "1", "--model", str(model)]
-        return generate([*map(str, words), *options, "--no-cache", "-q"]), capsys.readouterr().err
+        what = [] if "-C" in words else ["red", "--seed", "3", "--steps", "1"]
+        return generate([*map(str, words), *what, "--model", str(model), "--no-cache", "-q"]), capsys.readouterr().err
 
     def picture(path):
         record = png.read_record(path)
