@@ -303,7 +303,7 @@ def test_a_component_larger_than_the_memory_is_not_read(tiny_checkpoint, monkeyp
 
 
 @pytest.mark.parametrize("name", ["a\0b", "n" * 5000, "\ud800", "", "tests/../README.md/x", __file__])
-def test_names_that_are_no_folders(name, snapshot_message):
+def test_names_that_are_no_folders(name):
     assert not is_checkpoint(name)
     with pytest.raises(UserError, match="no checkpoint") as caught:
         resolve(name)
