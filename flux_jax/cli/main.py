@@ -133,7 +133,7 @@ def foreseeable(error: BaseException, no_memory: str = NO_MEMORY, no_disk: str =
         return 2, no_disk
     if isinstance(error, OSError) and error.filename is not None:  # the last net: readers and writers say more
         return 2, str(UserError(f"Cannot use {error.filename}: {reason(error)}."))
-    if isinstance(error, Exception) and (refusal := environment.refusal_to_start()):
+    if isinstance(error, Exception) and (refusal := environment.refusal_to_start(error)):
         return 2, str(refusal)
     return None
 

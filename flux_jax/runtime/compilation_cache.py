@@ -87,7 +87,7 @@ def _seal(key: str, value: bytes) -> bytes:
 
 
 @functools.cache
-def _seal_entries(path: str) -> None:
+def _seal_entries(ours: str) -> None:
     """Seals the entries of the cache that JAX will make for that folder. A JAX that makes it in another way keeps them
     as they are."""
     with contextlib.suppress(ImportError, AttributeError):
@@ -95,8 +95,8 @@ def _seal_entries(path: str) -> None:
 
         make: Callable[[str], Any] = internals.get_file_cache
 
-        def sealing(wanted: str) -> Any:
-            made = make(wanted)
-            return (Sealed(made[0], wanted), wanted) if made and wanted == path else made
+        def sealing(path: str) -> Any:
+            made = make(path)
+            return (Sealed(made[0], path), path) if made and path == ours else made
 
         internals.get_file_cache = sealing

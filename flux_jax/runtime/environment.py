@@ -19,6 +19,12 @@ from flux_jax.runtime import memory
 
 OURS = ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # variables that no start fails of
 READ_FLAGS = "from jaxlib import xla_client; xla_client.make_cpu_client()"
+PINNED = {  # what would draw other noise from the same seed, or compute nothing at all, is as it is by default
+    "JAX_DEFAULT_PRNG_IMPL": ("jax_default_prng_impl", "threefry2x32"),
+    "JAX_THREEFRY_PARTITIONABLE": ("jax_threefry_partitionable", True),
+    "JAX_DISABLE_JIT": ("jax_disable_jit", False),
+    "JAX_TRANSFER_GUARD": ("jax_transfer_guard", "allow"),
+}
 PATIENCE = 60  # seconds for a process that reads flags, 0.3 usually
 
 
@@ -56,12 +62,16 @@ def set_environment(device: str | None) -> None:
 
 
 def start_jax() -> None:
-    """Imports JAX and makes it look for its devices. UserError that names the variables which keep it from that."""
+    """Imports JAX, with what our programs rely on, and makes it look for its devices. UserError that names the
+    variables which keep it from that."""
     try:
-        if (flags := os.environ.get("XLA_FLAGS", "").strip()) and (said := _refused(flags)):
+        if (flags := os.environ.get("XLA_FLAGS")) and (said := _refused(flags)):
             raise _cannot_start(said)
         import jax
 
+        for variable, (setting, value) in PINNED.items():
+            if variable in os.environ:
+                jax.config.update(setting, value)
         jax.devices()
     except UserError:
         raise
@@ -69,15 +79,15 @@ def start_jax() -> None:
         raise _cannot_start(str(error) or type(error).__name__) from error
 
 
-def refusal_to_start() -> UserError | None:
-    """For an error that nothing else explains: what keeps JAX from starting; None where nothing does, or nobody has
-    tried to start it."""
+def refusal_to_start(error: Exception) -> UserError | None:
+    """For an error that nothing else explains: the sentence of JAX that cannot start, where that was the reason; None
+    where JAX starts, or nobody has tried it."""
     if not any(name.partition(".")[0] == "jax" for name in list(sys.modules)):
         return None
     try:
         start_jax()
-    except UserError as refusal:
-        return refusal
+    except UserError:  # of a second attempt, whose own words say less
+        return _cannot_start(str(error) or type(error).__name__)
     return None
 
 

@@ -127,7 +127,9 @@ def _raise(number: int, frame: FrameType | None) -> None:
     if _now.outcome is not None:
         _end()
     now = time.monotonic()
-    if _now.running and not (_now.first and now - _now.since < TOGETHER):
+    if _now.first and (_now.ours or now - _now.since < TOGETHER):
+        return  # `_watch` sees to it
+    if _now.running:
         _now.first, _now.since = number, now
         raise _error(number)
 
