@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ class Source:
         except UserError as error:
             return cls(str(where), faults=[str(error)])
         shards = sorted(set(weight_map.values()))
-        there = [shard for shard in shards if (index.parent / shard).is_file()]
+        there = [shard for shard in shards if os.path.isfile(index.parent / shard)]
         source = cls.of(where, [index.parent / shard for shard in there])
         source.faults += [
             f"{index.parent / shard}: missing shard, named in {index.name}" for shard in shards if shard not in there

@@ -58,7 +58,7 @@ def command(tmp_path, capsys):
         done = capsys.readouterr()
         if code:
             assert not (tmp_path / "out").exists()
-            assert not list(tmp_path.glob(".*.flux-*"))
+            assert not list(tmp_path.glob(".*.flux-partial"))
             assert "Traceback" not in done.err
         return code, done.out.strip(), done.err
 
@@ -186,6 +186,14 @@ def test_out_exists(folder, command, tmp_path, snapshot_message):
     assert (tmp_path / "there" / "flux_jax.json").read_bytes() == before
     assert command(folder, tmp_path / "there", "--parts", "vae", "--overwrite")[0] == 0
     assert Checkpoint.open(tmp_path / "there").components == ("vae",)
+
+
+def test_while_another_process_writes_the_same(folder, command, tmp_path, snapshot_message):
+    with atomic.exclusive(tmp_path / "out"):
+        code, _, err = command(folder, tmp_path / "out")
+        assert code == 2
+        snapshot_message(err, tmp_path / "out")
+    assert command(folder, tmp_path / "out", "--parts", "clip")[0] == 0
 
 
 def test_missing_shard(folder, command, tmp_path, snapshot_message):

@@ -173,6 +173,8 @@ def test_shards_and_what_is_wrong_with_them(tmp_path, snapshot_message):
         index.write_text(json.dumps({"weight_map": {"a": wrong}}))
         with pytest.raises(UserError):
             read_index(index)
+    index.write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    assert "missing shard" in Source.of_index(tmp_path, index).faults[0]
     for wrong in ("[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "", "nonsense", "[" * 5000):
         index.write_text(wrong)
         with pytest.raises(UserError):
