@@ -82,7 +82,7 @@ def source(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    return guarded(run, argv, interrupted="interrupted: nothing was left behind; run the same command again")
+    return guarded(run, argv, interrupted="interrupted: nothing unfinished was left behind; run the same command again")
 
 
 def run(argv: Sequence[str]) -> None:

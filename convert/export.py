@@ -23,7 +23,8 @@ from convert.weight_format import dense_stream, dense_table
 from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.errors import UserError
 from flux_jax.io import published
-from flux_jax.io.atomic import WholeFolder, cannot_write, check_space
+from flux_jax.io.atomic import WholeFolder
+from flux_jax.io.places import cannot_write, check_space
 from flux_jax.io.safetensors import FLOATS, file_header
 from flux_jax.models.params import COMPONENTS, abstract_component, leaf_table
 

@@ -17,8 +17,8 @@ from convert.configs import FOLDERS
 from convert.sources import LICENCE_FILES, TOKENIZER_FOLDERS
 from flux_jax.errors import UserError
 from flux_jax.io import reading
-from flux_jax.io.atomic import disk_is_full
 from flux_jax.io.library import PASSED_ON
+from flux_jax.io.places import disk_is_full
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 INDEX = "model_index.json"

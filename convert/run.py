@@ -25,7 +25,7 @@ from flux_jax.checkpoints.manifest import MANIFEST, TOKENIZERS
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.checkpoints.writer import CheckpointWriter
 from flux_jax.errors import UserError, printable
-from flux_jax.io.atomic import check_space
+from flux_jax.io.places import check_space
 from flux_jax.io.safetensors import Source
 
 MARGIN = 1.01  # of disk space beyond the weights, for the files around them

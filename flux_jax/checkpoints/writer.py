@@ -17,7 +17,8 @@ from flux_jax.checkpoints.manifest import MANIFEST, TOKENIZERS, VERSION, lined_j
 from flux_jax.checkpoints.orbax_writer import OrbaxWriter
 from flux_jax.config import FluxConfig
 from flux_jax.errors import DISTRIBUTION, UserError
-from flux_jax.io.atomic import WholeFolder, cannot_write, disk_is_full
+from flux_jax.io.atomic import WholeFolder
+from flux_jax.io.places import cannot_write, disk_is_full
 from flux_jax.models.params import leaves
 from flux_jax.runtime.environment import version_of
 

@@ -22,7 +22,7 @@ from flux_jax.cli.evaluate import INTERRUPTED, NO_MEMORY
 from flux_jax.cli.main import Parser, check_device, guarded, path, program, say
 from flux_jax.cli.sampling_arguments import add_sampling, same_sampling
 from flux_jax.errors import UserError
-from flux_jax.io import atomic
+from flux_jax.io import locks
 from flux_jax.io.prompts import read_rows
 from flux_jax.runtime.environment import set_environment
 
@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
     identities = {"a": a.identity(), "b": b.identity()}
     settings = {"comparison": identities, "sampling": sampling, "prompts": [list(each) for each in chosen]}
     about = {"a": a.label(), "b": b.label(), "models": identities, "sampling": sampling, "networks": list(networks)}
-    with atomic.alone(args.out):
+    with locks.alone(args.out):
         image_folders.stamp(args.out, settings)
         compilation_cache.enable()
         rows = drawing.run(tasks, a, b, sampling, args.out)

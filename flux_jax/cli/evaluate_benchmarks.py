@@ -22,7 +22,7 @@ from flux_jax.evaluate.benchmarks import CATEGORIES, IMAGES, Picture, Prompt
 from flux_jax.evaluate.geneval import TAGS
 from flux_jax.evaluate.models import Variant
 from flux_jax.evaluate.render_prompts import painter, recorder
-from flux_jax.io import atomic, reading
+from flux_jax.io import locks, reading
 
 MOST = 1_000_000  # pictures of a prompt, prompts, devices
 Split = Callable[[list[Prompt]], list[Prompt]]  # prompts -> this shard's
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"{report['planned']} pictures, {report['there']} of them there already.")
     if args.dry_run or report["planned"] == report["there"]:
         for folder in folders if not args.dry_run else ():
-            atomic.sweep(folder.out)
+            locks.sweep(folder.out)
         return report
 
     import jax
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     record = recorder(variant, sampling, devices[0])
     for folder in folders:
         report["made"] += image_folders.make(folder.mine, folder.out, draw, record, devices)
-        atomic.sweep(folder.out)
+        locks.sweep(folder.out)
     return report
 
 

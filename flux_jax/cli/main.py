@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from flux_jax.errors import UserError, pip_install, shortened
-from flux_jax.io.atomic import disk_is_full
+from flux_jax.io.places import disk_is_full
 from flux_jax.io.reading import reason
 from flux_jax.runtime import environment, memory, stopping, watchdog
 from flux_jax.runtime.console import output, output_json, say

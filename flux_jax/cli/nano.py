@@ -21,7 +21,7 @@ from flax import nnx
 
 from flux_jax.cli.dataclass_flags import add_dataclass_flags, given
 from flux_jax.cli.main import Parser, guarded, path, program
-from flux_jax.io import atomic
+from flux_jax.io import locks
 from flux_jax.nano import training
 from flux_jax.nano.training import Recipe
 from flux_jax.runtime.environment import start_jax
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> None:
     args = build_parser().parse_args(argv)
-    with atomic.alone(args.run) if "run" in args else contextlib.nullcontext():
+    with locks.alone(args.run) if "run" in args else contextlib.nullcontext():
         args.run_phase(args)
 
 

@@ -1,7 +1,7 @@
 """Where pictures go: names made of prompts, ids and seeds, safe in every file system, and never longer than one takes.
 
 In: what `-o` says, a prompts file, a picture's row, place and seed. Out: paths; UserError for a template that cannot be
-filled, or another kind of file. Whether a path can be written is for `flux_jax.io.atomic.check_writable` to say.
+filled, or another kind of file. Whether a path can be written is for `flux_jax.io.places.check_writable` to say.
 """
 
 import datetime

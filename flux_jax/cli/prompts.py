@@ -20,7 +20,8 @@ from pathlib import Path
 from flux_jax import validation
 from flux_jax.cli.main import Parser, guarded, output, output_json, path, program, say
 from flux_jax.errors import UserError
-from flux_jax.io.atomic import check_writable, write_whole
+from flux_jax.io.atomic import write_whole
+from flux_jax.io.places import check_writable
 from flux_jax.io.prompts import digest, read_all
 from flux_jax.io.reading import SMALL, read_bytes, reason
 

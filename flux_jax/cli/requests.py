@@ -18,7 +18,7 @@ from flux_jax.cli.arguments import ANY_SEED, aspect_size, parse_size
 from flux_jax.cli.output_paths import OutputPaths
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError, shortened
-from flux_jax.io.atomic import check_writable
+from flux_jax.io.places import check_writable
 from flux_jax.io.png import read_record
 from flux_jax.io.prompts import read_rows
 

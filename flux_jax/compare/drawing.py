@@ -21,7 +21,7 @@ from flux_jax.compare.networks import Judge
 from flux_jax.evaluate.benchmarks import Picture
 from flux_jax.evaluate.models import Variant
 from flux_jax.evaluate.render_prompts import recorder
-from flux_jax.io import atomic, png, reading
+from flux_jax.io import atomic, locks, png, reading
 from flux_jax.io.fields import Types, wrong_fields
 from flux_jax.io.pictures import AGAIN, read_picture
 
@@ -68,7 +68,7 @@ def run(
         atomic.write_whole(task.result(out), json.dumps(row).encode(), overwrite=True)
         task.latents(out).unlink()
     shutil.rmtree(out / "latents", ignore_errors=True)
-    atomic.sweep(out)
+    locks.sweep(out)
     return [read_result(task, out, sampling["num_inference_steps"]) for task in tasks]
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flux_jax.errors import UserError
-from flux_jax.io import atomic, reading
+from flux_jax.io import atomic, places, reading
 from flux_jax.training import mesh
 
 TABLE = "arrays.json"
@@ -83,7 +83,7 @@ class StoreWriter:
         try:
             yield
         except OSError as error:
-            raise atomic.cannot_write(self.folder, error) from error
+            raise places.cannot_write(self.folder, error) from error
 
 
 def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -122,8 +122,8 @@ def remove(folder: Path) -> None:
     else was left unfinished."""
     mesh.barrier(f"remove {folder.name}")
     if jax.process_index() == 0:
-        gone = atomic.beside(folder, "partial")
-        atomic.remove(gone)
+        gone = places.beside(folder, "partial")
+        places.remove(gone)
         if folder.exists():
             os.rename(folder, gone)
-            atomic.remove(gone)
+            places.remove(gone)

@@ -20,7 +20,7 @@ from flux_jax.distill.options import Options
 from flux_jax.distill.run_context import RunContext, lasting, teacher_digest
 from flux_jax.distill.trajectories import load_or_make
 from flux_jax.errors import UserError
-from flux_jax.io import atomic, prompts
+from flux_jax.io import atomic, places, prompts
 from flux_jax.training import mesh as meshes
 
 ABOUT = ("phases", "options", "prompts", "held_out_loss", "held_out_relative", "teacher")  # a run tells in a manifest
@@ -104,7 +104,7 @@ def distill(
 
     Several processes train and stop there, because Orbax saves with all processes or none: a call in a single one then
     finds everything learned, and writes the checkpoint."""
-    atomic.check_writable(out, folder=True)
+    places.check_writable(out, folder=True)
     if not options.modulation:
         raise UserError(
             "A checkpoint has all block linears ternary: float modulation is for bench.distill_ablation only."

@@ -24,7 +24,7 @@ from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.config import FluxConfig
 from flux_jax.distill.options import Options
 from flux_jax.errors import UserError, shortened
-from flux_jax.io import atomic, prompts, reading
+from flux_jax.io import atomic, locks, places, prompts, reading
 from flux_jax.models.params import abstract_component, assemble
 from flux_jax.models.transformer import Transformer
 from flux_jax.runtime.environment import resolve_dtype
@@ -138,8 +138,8 @@ class RunContext:
         }
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """`flux_jax.io.atomic.alone`, for the leading process."""
-        return atomic.alone(self.folder) if jax.process_index() == 0 else contextlib.nullcontext()
+        """`flux_jax.io.locks.alone`, for the leading process."""
+        return locks.alone(self.folder) if jax.process_index() == 0 else contextlib.nullcontext()
 
     def begin(self) -> None:
         """Makes or takes up the folder. UserError where it cannot be used."""
@@ -158,7 +158,7 @@ class RunContext:
         if jax.process_index() == 0:
             there = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
             remedy = "free some space, or make fewer trajectories and block_points"
-            atomic.check_space(self.folder, self.bytes_needed() - there, remedy)
+            places.check_space(self.folder, self.bytes_needed() - there, remedy)
             text = json.dumps(self.record, indent=1) + "\n"
             atomic.write_whole(self.folder / RECORD, text.encode(), overwrite=True)
         meshes.barrier("record written")

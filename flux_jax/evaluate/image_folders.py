@@ -2,7 +2,7 @@
 
 In: `Picture`s and a way to load a pipeline. Out: PNG files that hold their own record, sidecars, and `run.json`, which
 says what all of them were made with; another run may only add to the same. A picture appears whole or not at all, and
-one that is there is not made again. What killed runs leave unfinished, `flux_jax.io.atomic.sweep` removes: evaluators
+one that is there is not made again. What killed runs leave unfinished, `flux_jax.io.locks.sweep` removes: evaluators
 would stumble over it.
 """
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flux_jax.errors import UserError
 from flux_jax.evaluate.benchmarks import Picture
-from flux_jax.io import atomic, png, reading
+from flux_jax.io import atomic, places, png, reading
 
 RUN = "run.json"
 
@@ -26,7 +26,7 @@ RUN = "run.json"
 def stamp(out: Path, settings: dict[str, Any]) -> None:
     """Writes `out`/run.json, or makes sure that what is there was made with the same settings: UserError if not, or if
     there are other files and no run.json."""
-    atomic.check_writable(path := out / RUN)
+    places.check_writable(path := out / RUN)
     if not path.exists():
         if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise UserError(
@@ -53,7 +53,7 @@ def missing(pictures: Iterable[Picture], out: Path) -> list[Picture]:
     """Those that are not there. UserError where one could not be written, before anything is drawn."""
     wanted = [picture for picture in pictures if not os.path.exists(out / picture.path)]
     for picture in wanted:
-        atomic.check_writable(out / picture.path)
+        places.check_writable(out / picture.path)
     return wanted
 
 

@@ -48,9 +48,8 @@ class Variant:
             name, _, value = pair.partition("=")
             if value not in OPTIONS.get(name, ()):
                 known = "; ".join(f"{option}={'|'.join(values)}" for option, values in OPTIONS.items())
-                raise UserError(
-                    f"{shortened(text, quote=False)}: cannot read {shortened(pair)}; after @ may stand {known}, separated by commas."
-                )
+                where = f"{shortened(text, quote=False)}: cannot read {shortened(pair)}"
+                raise UserError(f"{where}; after @ may stand {known}, separated by commas.")
             chosen[name] = value
         return cls(model, **chosen)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flux_jax.evaluate.statistics import Estimate, average, wilson
-from flux_jax.io import atomic, reading
+from flux_jax.io import atomic, locks, places, reading
 from flux_jax.io.contact_sheet import Judged, judged_sheet
 from flux_jax.io.pictures import read_picture
 from flux_jax.nano.captions import EVALUATION, Caption, evaluation_captions
@@ -51,7 +51,7 @@ def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int =
     pipe: a `FluxPipeline`, or what is called like one. sampling: its further arguments, such as guidance_scale.
     """
     planned, seconds = tasks(seed, every), {"draw": 0.0, "judge": 0.0}
-    atomic.check_writable(out / VERDICTS)
+    places.check_writable(out / VERDICTS)
     rows = []
     for task in tqdm(planned, desc="evaluate", mininterval=2):
         start, path = time.perf_counter(), task.path(out)
@@ -71,7 +71,7 @@ def evaluate(pipe: Callable[..., Any], out: Path, *, seed: int = 0, every: int =
     atomic.write_whole(out / VERDICTS, lines(rows), overwrite=True)
     atomic.write_whole(out / "summary.json", lines([result]), overwrite=True)
     atomic.write_whole(out / "sheet.png", png(overview(planned, rows, out)), overwrite=True)
-    atomic.sweep(out)
+    locks.sweep(out)
     return result
 
 

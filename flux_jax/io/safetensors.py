@@ -97,7 +97,7 @@ class Source:
                 source.faults.append(str(error))
                 continue
             twice = sorted(entries.keys() & source.entries.keys())
-            source.faults += [f"{file}: {name} is also in another shard" for name in twice]
+            source.faults += [f"{file}: {shortened(name, 100, quote=False)} is also in another shard" for name in twice]
             source.entries |= entries
         return source
 
@@ -116,7 +116,7 @@ class Source:
         ]
         readable = {entry.file.name for entry in source.entries.values() if entry.file}
         lost = [name for name, shard in weight_map.items() if name not in source.entries and shard in readable]
-        source.faults += [f"{index}: {name} is not in {weight_map[name]}" for name in sorted(lost)]
+        source.faults += [f"{index}: {shortened(name, 100, quote=False)} is not in {weight_map[name]}" for name in sorted(lost)]
         return source
 
 

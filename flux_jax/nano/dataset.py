@@ -17,7 +17,7 @@ from tqdm import tqdm
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError
-from flux_jax.io import atomic, reading
+from flux_jax.io import atomic, places, reading
 from flux_jax.io.library import library
 from flux_jax.models.vae import VAE
 from flux_jax.nano import captions, scenes
@@ -51,7 +51,7 @@ def load_or_build(
     """Read `path`, or render `count` scenes, encode them, and write `path` (whole or not at all). UserError where that
     holds something else, or another number of scenes."""
     if not path.exists():
-        atomic.check_writable(path)
+        places.check_writable(path)
         atomic.write_whole(path, packed(_build(vae, tokenizers, config, seed, count)), overwrite=True)
     remedy = "delete it, and the same command makes it again"
     with library(f"{path} is not what was written", remedy):

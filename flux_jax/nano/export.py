@@ -22,7 +22,7 @@ from flux_jax.checkpoints import checkpoint, checksums, writer
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import FluxConfig, nano
 from flux_jax.errors import UserError
-from flux_jax.io import atomic, reading
+from flux_jax.io import atomic, places, reading
 from flux_jax.io.library import library
 from flux_jax.models.params import abstract_component, assemble, leaves
 from flux_jax.models.vae import VAE
@@ -122,7 +122,7 @@ def export_student(student: Path, out: Path, evaluation: Path | None = None, ove
                 (folder.working / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder.working / name).write_bytes(content)
         except OSError as error:
-            raise atomic.cannot_write(out, error) from error
+            raise places.cannot_write(out, error) from error
         checksums.write(folder.working)
         folder.publish()
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flux_jax.checkpoints.silence import silenced
 from flux_jax.errors import UserError
-from flux_jax.io import atomic
+from flux_jax.io import places
 from flux_jax.runtime import memory
 from flux_jax.training.metrics import Metrics
 
@@ -78,7 +78,7 @@ class Trainer:
         """The state after `steps` steps; `state` is the one before the first, and may be donated. stops: steps before
         which there is always a checkpoint, for batches that depend on the state. UserError at the first line with too
         many bad steps, where a checkpoint is damaged, and where none can be written."""
-        atomic.check_writable(self.folder / CHECKPOINTS, folder=True)
+        places.check_writable(self.folder / CHECKPOINTS, folder=True)
         with _checkpointer(self.folder, cleanup_tmp_directories=True) as checkpoints:
             state, step = _restore(checkpoints, self.folder, state)
             self.metrics.forget_after(self.phase, step)

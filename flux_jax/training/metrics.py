@@ -16,8 +16,9 @@ import jax
 
 from flux_jax.errors import UserError
 from flux_jax.io import reading
-from flux_jax.io.atomic import cannot_write, write_whole
+from flux_jax.io.atomic import write_whole
 from flux_jax.io.fields import Types, wrong_fields
+from flux_jax.io.places import cannot_write
 
 NEEDED: Types = {"phase": str, "step": int}  # of a line
 LEGEND = 12  # curves of a panel that have a legend; of more it would hide them

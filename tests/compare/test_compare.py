@@ -22,7 +22,7 @@ from flux_jax.compare import clip, drawing, lpips, metrics, report
 from flux_jax.errors import UserError
 from flux_jax.evaluate import image_folders, nano
 from flux_jax.evaluate.models import Variant
-from flux_jax.io import atomic
+from flux_jax.io import atomic, locks
 from flux_jax.io.pictures import read_picture
 from flux_jax.sampling.pipeline import FluxPipeline
 from pallas_kernels import LAYOUT_VERSION
@@ -201,7 +201,7 @@ class Comparison:
     @staticmethod
     def work(folder):
         drawing._draw = Comparison.draw
-        with atomic.alone(out := folder / "out"):
+        with locks.alone(out := folder / "out"):
             image_folders.stamp(out, {"sampling": Comparison.SAMPLING})
             rows = drawing.run(Comparison.TASKS, Variant("one"), Variant("two"), Comparison.SAMPLING, out)
             about = {"a": "one", "b": "two", "models": {}, "sampling": Comparison.SAMPLING, "networks": []}
@@ -239,7 +239,7 @@ def test_latents_that_wait_are_data_alone(tmp_path):
 
 
 def test_two_comparisons_in_one_folder_are_one_too_many(models, prompts, tmp_path, capsys):
-    with atomic.alone(tmp_path / "out"):
+    with locks.alone(tmp_path / "out"):
         assert run(models["one"], models["other"], prompts, tmp_path / "out") == 2
     assert f"{tmp_path / 'out'} is being written by another process" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from convert import run
 from convert.__main__ import main
 from flux_jax.checkpoints import writer
 from flux_jax.checkpoints.checkpoint import Checkpoint
-from flux_jax.io import atomic
+from flux_jax.io import locks, places
 from flux_jax.io.safetensors import FLOATS, file_header
 
 BF16 = ml_dtypes.bfloat16
@@ -189,7 +189,7 @@ def test_out_exists(folder, command, tmp_path, snapshot_message):
 
 
 def test_while_another_process_writes_the_same(folder, command, tmp_path, snapshot_message):
-    with atomic.exclusive(tmp_path / "out"):
+    with locks.exclusive(tmp_path / "out"):
         code, _, err = command(folder, tmp_path / "out")
         assert code == 2
         snapshot_message(err, tmp_path / "out")
@@ -402,7 +402,7 @@ def test_an_export_that_fails_or_crashed(original, tmp_path, command, monkeypatc
         code, _, err = command("--to", "diffusers", original, tmp_path / "out")
     assert code == 2
     snapshot_message(err, "full")
-    atomic.beside(tmp_path / "out", "partial").mkdir()  # as a killed run leaves it
+    places.beside(tmp_path / "out", "partial").mkdir()  # as a killed run leaves it
     assert command("--to", "diffusers", original, tmp_path / "out")[0] == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert main(["--to", "diffusers", str(original), str(tmp_path / "out"), "-q"]) == 2  # it exists

@@ -13,7 +13,7 @@ import pytest
 
 from flux_jax.distill import blockwise, memmap_store
 from flux_jax.errors import UserError
-from flux_jax.io import atomic
+from flux_jax.io import locks
 from flux_jax.training import mesh
 
 ARRAYS = {
@@ -138,7 +138,7 @@ class States:
     @staticmethod
     def work(folder: Path) -> None:
         alone()
-        atomic.sweep(folder)
+        locks.sweep(folder)
         trajectories = SimpleNamespace(
             draw=lambda *_: (np.arange(States.POINTS), np.zeros(States.POINTS, int)),
             points=lambda rows, steps: dict.fromkeys(("x", "text", "pooled", "t"), rows.astype(np.float32)),

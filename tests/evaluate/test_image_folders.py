@@ -15,7 +15,7 @@ from tqdm import tqdm
 from flux_jax.errors import UserError
 from flux_jax.evaluate import benchmarks, image_folders
 from flux_jax.evaluate.benchmarks import Prompt
-from flux_jax.io import atomic
+from flux_jax.io import locks
 
 PROMPTS = [Prompt(i, f"prompt {i}", "", {"prompt": f"prompt {i}"}) for i in range(5)]
 PICTURES = benchmarks.folder_pictures(PROMPTS, 2)
@@ -91,7 +91,7 @@ class Folder:
         before = len(list(folder.rglob("*.png")))
         painter = Painter()
         assert make(painter, folder / "out", devices=("one",)) == len(painter.drawn) == 10 - before
-        atomic.sweep(folder / "out")
+        locks.sweep(folder / "out")
 
     @staticmethod
     def whole(folder: Path) -> str:
@@ -111,10 +111,10 @@ def test_what_a_living_process_writes_is_not_swept(tmp_path):
     path.parent.mkdir(parents=True)
     for name in ("0000", "0001"):
         path.with_name(f".{name}.png.flux-partial").touch()
-    with atomic.exclusive(path):
-        atomic.sweep(tmp_path)
+    with locks.exclusive(path):
+        locks.sweep(tmp_path)
         assert {each.name for each in path.parent.iterdir()} == {".0000.png.flux-partial", ".0000.png.flux-lock"}
-    atomic.sweep(tmp_path)
+    locks.sweep(tmp_path)
     assert not list(path.parent.iterdir())
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 from flux_jax.cli.evaluate import main
 from flux_jax.errors import UserError
 from flux_jax.evaluate import nano
-from flux_jax.io import atomic
+from flux_jax.io import locks
 from flux_jax.nano.captions import EVALUATION, evaluation_captions, parse, scene_for
 from flux_jax.nano.scenes import render
 
@@ -72,7 +72,7 @@ class Evaluation:
 
     @staticmethod
     def work(folder):
-        atomic.sweep(folder)
+        locks.sweep(folder)
         nano.evaluate(Painter(perfect), folder / "out", every=Evaluation.EVERY)
 
     @staticmethod

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flux_jax.io.atomic import remove
+from flux_jax.io.places import remove
 
 Random = np.random.Generator
 

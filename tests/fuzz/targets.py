@@ -32,7 +32,7 @@ from flux_jax.cli import arguments, requests
 from flux_jax.config import FluxConfig, nano
 from flux_jax.errors import LONGEST, UserError
 from flux_jax.io import png, prompts
-from flux_jax.io.atomic import remove
+from flux_jax.io.places import remove
 from flux_jax.io.safetensors import FLOATS, Source, file_header
 from flux_jax.models.params import leaves
 from tests.fuzz import mutations

@@ -9,7 +9,7 @@ import crash_windows
 import pytest
 
 from flux_jax.errors import UserError
-from flux_jax.io import atomic
+from flux_jax.io import atomic, places
 
 
 def names(folder: Path) -> list[str]:
@@ -239,7 +239,7 @@ PLACES = {
 def test_odd_places_are_one_sentence_before_any_work(tmp_path, place, folder):
     path = PLACES[place](tmp_path)
     with pytest.raises(UserError, match="^Cannot write ") as refused:
-        atomic.check_writable(path, folder=folder)
+        places.check_writable(path, folder=folder)
     assert len(str(refused.value)) <= 300
     with pytest.raises(UserError):
         fill(path, "x") if folder else atomic.write_whole(path, b"x", overwrite=True)

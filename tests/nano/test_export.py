@@ -15,7 +15,7 @@ from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.cli.nano import main
 from flux_jax.config import nano
 from flux_jax.errors import UserError
-from flux_jax.io import atomic
+from flux_jax.io import locks
 from flux_jax.models.layers import Linear
 from flux_jax.models.params import abstract_component, assemble, leaf_table
 from flux_jax.nano import card, dataset, export, training
@@ -133,5 +133,5 @@ def test_a_training_by_another_recipe_is_refused_and_one_that_has_not_saved_is_n
     path.write_text("[]")
     with pytest.raises(UserError, match=f"delete {path.parent} to train anew"):
         training.keep(path, {"steps": 4, "seed": 0})
-    with atomic.alone(tmp_path):
+    with locks.alone(tmp_path):
         assert main(["flow", "--run", str(tmp_path)]) == 2
