@@ -8,6 +8,7 @@ would read.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import re
@@ -23,7 +24,7 @@ from flux_jax.io.reading import reason
 from flux_jax.runtime import environment, memory, stopping, watchdog
 from flux_jax.runtime.console import output, output_json, say
 
-__all__ = ["Parser", "check_device", "guarded", "main", "output", "output_json", "path", "program", "say"]
+__all__ = ["Parser", "check_device", "guarded", "main", "output", "output_json", "path", "program", "say", "whole"]
 
 SCRIPT = "flux-jax"
 NO_MEMORY = "Out of memory; this needs a machine with more of it."
@@ -59,6 +60,18 @@ def path(text: str) -> Path:
             raise UserError(f"{text} is in the home folder, and this machine names none: set HOME, or give the path.")
         return Path(home)
     return Path(text)
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """What argparse calls with an argument that is a whole number within bounds."""
+
+    def read(text: str) -> int:
+        with contextlib.suppress(ValueError):  # no number, or one of thousands of digits
+            if least <= (value := int(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, not {shortened(text)}")
+
+    return read
 
 
 def program(name: str) -> str:

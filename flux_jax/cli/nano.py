@@ -20,11 +20,12 @@ from pathlib import Path
 from flax import nnx
 
 from flux_jax.cli.dataclass_flags import add_dataclass_flags, given
-from flux_jax.cli.main import Parser, guarded, path, program
+from flux_jax.cli.main import Parser, guarded, path, program, whole
 from flux_jax.io import locks
 from flux_jax.nano import training
 from flux_jax.nano.training import Recipe
 from flux_jax.runtime.environment import start_jax
+from flux_jax.validation import SEED_LIMIT
 
 RECIPES = {
     "text": Recipe(steps=600, batch=128),
@@ -53,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--run", type=path, default=Path("runs/nano"), help="folder of the whole training")
 
     vae = phases.add_parser("vae", parents=[common], help="the autoencoder")
-    vae.add_argument("--steps", type=int, default=2500)
-    vae.add_argument("--seed", type=int, default=0)
+    vae.add_argument("--steps", type=whole(1, 10**9), default=2500)
+    vae.add_argument("--seed", type=whole(0, SEED_LIMIT - 1), default=0)
     vae.set_defaults(run_phase=train_vae)
     helps = {
         "text": "the text encoders, from captions",

@@ -6,7 +6,8 @@ stdout.
 
 from collections.abc import Sequence
 
-from flux_jax.cli.main import Parser, guarded, output_json, program
+from flux_jax.cli.main import Parser, guarded, output_json, program, whole
+from flux_jax.validation import SEED_LIMIT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,9 +20,9 @@ def run(argv: Sequence[str]) -> None:
         prog=program("nano.oracle_error"), description="Measure the oracle's own error on held-out renders."
     )
     add = parser.add_argument
-    add("--count", type=int, default=1000, help="pictures of each kind (default: %(default)s)")
-    add("--seed", type=int, default=0)
-    add("--size", type=int, default=128, help="side of the pictures in pixels (default: %(default)s)")
+    add("--count", type=whole(1, 10**6), default=1000, help="pictures of each kind (default: %(default)s)")
+    add("--seed", type=whole(0, SEED_LIMIT - 1), default=0)
+    add("--size", type=whole(16, 1024), default=128, help="side of the pictures in pixels (default: %(default)s)")
     options = parser.parse_args(argv)
     from flux_jax.nano.oracle_calibration import measure
 

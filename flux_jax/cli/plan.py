@@ -15,10 +15,9 @@ import jax.numpy as jnp
 
 from flux_jax import validation
 from flux_jax.checkpoints.checkpoint import Checkpoint
-from flux_jax.cli.arguments import OFFLOADING, TILING, parse_size
-from flux_jax.cli.main import Parser, guarded, in_flags, output, output_json, program, say
+from flux_jax.cli.arguments import OFFLOADING, TILING, expanded, parse_size
+from flux_jax.cli.main import Parser, guarded, in_flags, output, output_json, program, say, whole
 from flux_jax.config import dev, schnell
-from flux_jax.errors import UserError
 from flux_jax.runtime import aot
 from flux_jax.runtime.environment import start_jax
 from flux_jax.sampling.planner import AbstractModel, Planner, describe, model_of
@@ -44,13 +43,18 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog=program("plan"), description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     model = "a checkpoint's folder, or dev or schnell: FLUX.1 with synthetic weights (default: dev)"
-    add("-m", "--model", default="dev", help=model)
+    add("-m", "--model", type=expanded, default="dev", help=model)
     add("--weights", choices=("ternary", "bf16"), default="ternary", help="of dev and schnell (default: ternary)")
     add("--activations", choices=validation.ACTIVATIONS, help="of ternary layers (default: the checkpoint's; bf16)")
     add("--gpu", choices=sorted(aot.GPUS), help="a GPU that need not be here (default: JAX's device)")
     add("--size", type=parse_size, metavar="WxH", help="of the picture (default: the model's own)")
-    add("--batch", type=int, default=1, help="pictures; they are drawn one at a time and take no more than one")
-    add("--steps", type=int, help="denoising steps (default: the model's own)")
+    add(
+        "--batch",
+        type=whole(1, 10**6),
+        default=1,
+        help="pictures; they are drawn one at a time and take no more than one",
+    )
+    add("--steps", type=whole(1, validation.MAX_STEPS), help="denoising steps (default: the model's own)")
     add("--offload", choices=validation.OFFLOAD_MODES, default="none", help=OFFLOADING)
     add("--vae-tiling", choices=("auto", "on", "off"), default="auto", help=TILING)
     add("--json", action="store_true", help="print one JSON object on stdout")
@@ -64,8 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> int:
     args = options(argv)
-    if args.batch < 1:
-        raise UserError(f"--batch must be at least 1, not {args.batch}.")
     os.environ.setdefault(aot.SKIP_CHECK, "1")
     start_jax()
     if args.model in PRESETS:

@@ -11,11 +11,11 @@ Lines for people on stderr, one JSON object on stdout.
 import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux_jax import validation
-from flux_jax.cli.main import Parser, guarded, output_json, program, say
+from flux_jax.cli.arguments import expanded
+from flux_jax.cli.main import Parser, guarded, output_json, path, program, say, whole
 from flux_jax.errors import UserError
 from flux_jax.io import prompts
 from flux_jax.runtime.environment import start_jax
@@ -36,11 +36,11 @@ def build_parser() -> Parser:
         prog=program("distill.compare"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("teacher", metavar="TEACHER")
-    add("students", nargs="*", metavar="STUDENT")
-    add("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="only the held-out ones are used")
-    add("--count", type=int, default=32, help="pictures (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("teacher", type=expanded, metavar="TEACHER")
+    add("students", type=expanded, nargs="*", metavar="STUDENT")
+    add("--prompts", type=path, nargs="+", required=True, metavar="FILE", help="only the held-out ones are used")
+    add("--count", type=whole(1, 10**6), default=32, help="pictures (default: %(default)s)")
+    add("--seed", type=whole(0, validation.SEED_LIMIT - 1), default=0)
     add("--rounded", action="store_true", help="compare also the teacher rounded without training")
     add("--activations", choices=validation.ACTIVATIONS, help="of the students (default: as their manifests say)")
     return parser
@@ -50,10 +50,8 @@ def run(argv: Sequence[str]) -> None:
     """Compares the checkpoints that the command line asks for, and prints what was found."""
     args = build_parser().parse_args(argv)
     texts = prompts.split(prompts.read_all(args.prompts))[1]
-    if not texts or args.count < 1:
-        raise UserError(
-            "None of these prompts is held out (one in 16 is, by its hash): give more, and --count above 0."
-        )
+    if not texts:
+        raise UserError("None of these prompts is held out (one in 16 is, by its hash): give more.")
     if not args.students and not args.rounded:
         raise UserError("Nothing to compare: name a student, or give --rounded.")
     start_jax()

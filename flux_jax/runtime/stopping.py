@@ -8,6 +8,7 @@ A signal that whoever started the process chose to ignore (nohup, a shell's back
 
 import atexit
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -131,6 +132,8 @@ def _raise(number: int, frame: FrameType | None) -> None:
         return  # `_watch` sees to it
     if _now.running:
         _now.first, _now.since = number, now
+        if _now.ours:
+            logging.disable()  # libraries' threads find what they write to cleared up
         raise _error(number)
 
 

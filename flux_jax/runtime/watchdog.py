@@ -7,12 +7,13 @@ ends. JAX's own heartbeat notices too, but after a minute, and with a stack trac
 
 import os
 import socket
-import sys
 import threading
 import time
 from typing import NoReturn
 
 from flux_jax.errors import UserError
+from flux_jax.runtime import stopping
+from flux_jax.runtime.console import say
 
 PATIENCE = 60  # seconds until processes must have found each other
 GOODBYE = b"."
@@ -23,9 +24,9 @@ _connections: list[socket.socket] = []  # a process joins one run in its life
 def stop() -> NoReturn:
     """Ends this process with the one message; an ordinary exit would wait for the process that is gone."""
     _speaking.acquire()  # for good: whoever comes second says nothing
-    print(
-        "Another process of this run has stopped, and with it this one; start all again.", file=sys.stderr, flush=True
-    )
+    if number := stopping.stopped_by():  # Ctrl-C reaches all of them
+        stopping.leave(number)
+    say("Another process of this run has stopped, and with it this one; start all again.")
     os._exit(1)
 
 

@@ -13,6 +13,7 @@ import pytest
 from flux_jax import validation
 from flux_jax.cli import launch, main
 from flux_jax.errors import UserError
+from flux_jax.runtime import stopping
 from pallas_kernels.dispatch import ACTIVATIONS
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,8 @@ def test_the_script_runs_a_program():
         (MemoryError(), 4, "Out of memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."), 4, "Out of memory"),
         (OSError(28, "No space left on device"), 2, "The disk is full"),
+        (PermissionError(13, "Permission denied", "a.txt"), 2, "Cannot use a.txt: Permission denied."),
+        (stopping.Terminated(), 143, "Interrupted."),
     ],
 )
 def test_foreseeable_failures_are_a_sentence_and_a_status(error, status, words, capsys):
@@ -78,6 +81,21 @@ def test_other_failures_are_raised_and_warnings_are_sentences(capsys):
         main.guarded(lambda argv: 1 / 0)
     assert main.guarded(lambda argv: warnings.warn("Expect noise.", stacklevel=1)) == 0
     assert capsys.readouterr().err == "Expect noise.\n"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "11", "1.5", "", "1" * 5000, "a\n"])
+def test_numbers_of_arguments_have_bounds(text, capsys):
+    def run(argv):
+        parser = main.Parser(prog="a")
+        parser.add_argument("--count", type=main.whole(1, 10))
+        parser.parse_args([f"--count={text}"])
+
+    assert main.guarded(run) == 2
+    said = capsys.readouterr().err
+    assert "--count" in said
+    assert "from 1 to 10" in said
+    assert said.count("\n") == 1
+    assert main.whole(1, 10)("10") == 10
 
 
 def test_words_that_are_no_arguments_stay():
