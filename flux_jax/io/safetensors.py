@@ -112,11 +112,16 @@ class Source:
         there = [shard for shard in shards if os.path.isfile(index.parent / shard)]
         source = cls.of(where, [index.parent / shard for shard in there])
         source.faults += [
-            f"{index.parent / shard}: missing shard, named in {index.name}" for shard in shards if shard not in there
+            f"{index.parent / shortened(shard, 100, quote=False)}: missing shard, named in {index.name}"
+            for shard in shards
+            if shard not in there
         ]
         readable = {entry.file.name for entry in source.entries.values() if entry.file}
         lost = [name for name, shard in weight_map.items() if name not in source.entries and shard in readable]
-        source.faults += [f"{index}: {shortened(name, 100, quote=False)} is not in {weight_map[name]}" for name in sorted(lost)]
+        source.faults += [
+            f"{index}: {shortened(name, 100, quote=False)} is not in {shortened(weight_map[name], 100, quote=False)}"
+            for name in sorted(lost)
+        ]
         return source
 
 

@@ -179,7 +179,7 @@ class CheckpointTarget(Target):
 
     def _hash_again(self) -> None:
         """As a stranger would who wants it to be believed."""
-        (self.input / "crc32.json").unlink(missing_ok=True)
+        remove(self.input / "crc32.json")
         lines = []
         for path in sorted(self.input.rglob("*")):
             if path.is_file() and not path.is_symlink() and path.name != "SHA256SUMS" and path.stat().st_size < 2**24:
