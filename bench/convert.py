@@ -141,7 +141,7 @@ def convert(source: Path, out: Path, config: Path, ternary: bool) -> dict[str, A
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:  # it must not go on writing into a folder that is about to be deleted
-        process.terminate()
+        process.kill()
         process.wait()
         raise
     seconds = time.perf_counter() - start

@@ -39,7 +39,9 @@ def test_stopped_while_the_converter_runs_it_leaves_nothing(tmp_path):
     process = start(tmp_path)
     assert process.stderr is not None
     assert any("converting" in line for line in process.stderr)
-    while not list(tmp_path.glob("*/out.partial")):
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("*/.out.flux-partial")):
+        assert process.poll() is None and time.monotonic() < until
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
