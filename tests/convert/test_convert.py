@@ -121,6 +121,8 @@ def test_each_weight_keeps_its_own_precision(folder, command, tmp_path, snapshot
     def store(tensors):
         tensors["x_embedder.weight"] = tensors["x_embedder.weight"].astype(np.float64)
         tensors["context_embedder.weight"] = tensors["context_embedder.weight"].astype(np.float16)
+        name = "single_transformer_blocks.0.proj_out.weight"  # of one layer: the others are float32
+        tensors[name] = tensors[name].astype(np.float16)
         for name, dtype in (("to_q", np.float16), ("to_k", BF16)):  # neither holds the other
             name = f"transformer_blocks.0.attn.{name}.weight"
             tensors[name] = tensors[name].astype(dtype)
@@ -132,6 +134,7 @@ def test_each_weight_keeps_its_own_precision(folder, command, tmp_path, snapshot
     tensors, converted = load_file(folder / TRANSFORMER), weights(tmp_path / "out")
     assert converted["img_in.weight"].dtype == np.float32
     assert converted["txt_in.weight"].dtype == np.float16
+    assert converted["single_blocks.0.linear2.weight"].dtype == np.float32  # as its stack
     rows = converted["double_blocks.0.img.qkv.weight"]
     parts = [tensors[f"transformer_blocks.0.attn.to_{name}.weight"].astype(np.float32) for name in "qkv"]
     assert rows.dtype == np.float32 and np.array_equal(rows, np.concatenate(parts))
