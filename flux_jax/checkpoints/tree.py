@@ -9,8 +9,9 @@ import stat
 from pathlib import Path
 
 from flux_jax.errors import UserError, shortened
-from flux_jax.io.reading import kind_of, leads_out, reason, unreadable
+from flux_jax.io.reading import LARGE, kind_of, leads_out, reason, unreadable
 
+ARRAYS = "d"  # folders of the files in which arrays lie, of any size and read in parts
 AGAIN = "copy or convert the checkpoint again"
 
 
@@ -31,7 +32,7 @@ def inside(directory: Path, relative: str, where: Path) -> Path:
 
 def files(directory: Path, folder: Path) -> list[Path]:
     """Every file at or below a folder of the checkpoint, links followed, sorted. UserError for what is no file or
-    folder, lies outside the checkpoint, or cannot be looked at."""
+    folder, lies outside the checkpoint, cannot be looked at, or is large without holding arrays."""
     found, seen, todo = [], set(), [folder]
     while todo:
         path = todo.pop()
@@ -48,5 +49,7 @@ def files(directory: Path, folder: Path) -> list[Path]:
             raise unreadable(path, reason(error), AGAIN) from error
         if not stat.S_ISREG(about.st_mode):
             raise unreadable(path, kind_of(about.st_mode), AGAIN)
+        if about.st_size > LARGE and path.parent.name != ARRAYS:  # TensorStore reads it whole
+            raise unreadable(path, f"it has more than {LARGE // 2**20} MiB", AGAIN)
         found.append(path)
     return sorted(found)

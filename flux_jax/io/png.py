@@ -26,7 +26,7 @@ from flux_jax.validation import check_prompt, check_text
 
 RECORD_FORMAT = 1
 RECORD_KEY = "flux_jax"
-NEEDED: Types = {  # what generation relies on in a record that it reads; faults are reported in this order
+NEEDED: dict[str, Any] = {  # what generation relies on in a record that it reads; faults are reported in this order
     "prompt": str,
     "negative_prompt": str | None,
     "seed": int,
@@ -39,6 +39,7 @@ NEEDED: Types = {  # what generation relies on in a record that it reads; faults
     "dtype": str,
     "model": dict,
 }
+BESIDE: dict[str, Any] = {"device": str | None, "versions": dict | None}  # what is only handed on
 OF_MODEL: Types = dict.fromkeys(("id", "name", "sha256", "activations"), str | None)  # known of a record's `model`
 MAX_PICTURE = 2**26  # bytes of a file: more than the largest picture takes that may be asked for
 MAX_NAME = 4096  # characters of these: what a path may have
@@ -75,7 +76,7 @@ class Record:
         found = data.get("format") if isinstance(data, dict) else None
         if type(found) is not int or found != RECORD_FORMAT:
             raise UserError(f"{where} has format {shortened(found)}; this version reads format {RECORD_FORMAT}.")
-        check_fields(data, NEEDED, where)
+        check_fields(data, NEEDED | BESIDE, where)
         check_ranges(data, where)
         check_fields(data["model"], OF_MODEL, f"{where}: its model")
         try:
@@ -90,7 +91,8 @@ class Record:
         if unknown:
             names = shortened(", ".join(sorted(unknown)), 160, quote=False)
             say(f"{where} says what this version does not know, and leaves out: {names}.")
-        return cls(**{key: data[key] for key in data if key in known})
+        given = {key: data[key] for key in data if key in known and data[key] is not None}
+        return cls(**given)
 
 
 def to_pil(pixels: np.ndarray) -> list[Image.Image]:

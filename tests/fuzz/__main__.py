@@ -11,6 +11,7 @@ import argparse
 import collections
 import json
 import os
+import random
 import resource
 import select
 import subprocess
@@ -32,8 +33,6 @@ def work(name: str, start: int, stop: int, seed: int) -> None:
     os.dup2(2, 1)
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     os.environ["JAX_PLATFORMS"] = "cpu"
-    import numpy as np
-
     from tests.fuzz.targets import TARGETS, Fault
 
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, tempfile.TemporaryFile() as noise:
@@ -44,7 +43,7 @@ def work(name: str, start: int, stop: int, seed: int) -> None:
             outcome, detail = "", ""
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             try:
-                outcome = target.run(np.random.default_rng((seed, NAMES.index(name), number)))
+                outcome = target.run(random.Random(f"{seed} {number}"), number)
             except Fault as error:
                 outcome, detail = "fault", str(error)
             except BaseException:

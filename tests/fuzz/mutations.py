@@ -1,7 +1,7 @@
 """Inputs gone wrong: bytes that were damaged on the way, files that are something else, JSON that a stranger wrote.
 
-In: a random generator (numpy's, seeded by the input's number) and bytes, a file or a JSON value. Out: the same,
-changed; and what was done, in words that let a person do it again.
+In: a random generator (Python's, seeded by the input's number, or hypothesis' own) and bytes, a file or a JSON value.
+Out: the same, changed; and what was done, in words that let a person do it again.
 """
 
 import copy
@@ -10,13 +10,10 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
-import numpy as np
-
 from flux_jax.io.places import remove
-
-Random = np.random.Generator
 
 DEEP = "[" * 100_000 + "]" * 100_000
 RAW = [  # JSON texts of values that no writer of ours would give, or that mean something else at that place
@@ -30,30 +27,26 @@ RAW = [  # JSON texts of values that no writer of ours would give, or that mean 
 ]  # fmt: skip
 
 
-def pick(random: Random, items: Any) -> Any:
-    return items[int(random.integers(len(items)))]
-
-
 def damaged(random: Random, data: bytes) -> tuple[bytes, str]:
     """Bytes that a disk, a network or an interrupted copy changed."""
     size = len(data)
-    kind = pick(
-        random, ["bit", "bit", "bits", "byte", "cut", "zeros", "noise", "inserted", "removed", "twice", "empty"]
+    kind = random.choice(
+        ["bit", "bit", "bits", "byte", "cut", "zeros", "noise", "inserted", "removed", "twice", "empty"]
     )
-    at, length = int(random.integers(size + 1)), int(random.integers(1, 64))
+    at, length = random.randrange(size + 1), random.randrange(1, 64)
     if kind in ("bit", "bits", "byte") and size:
         changed = bytearray(data)
         for _ in range({"bit": 1, "byte": 1, "bits": 5}[kind]):
-            changed[int(random.integers(size))] ^= 1 << int(random.integers(8)) if kind != "byte" else 255
+            changed[random.randrange(size)] ^= 1 << random.randrange(8) if kind != "byte" else 255
         return bytes(changed), kind
     if kind == "cut":
         return data[:at], f"cut at {at}"
     if kind == "zeros":
         return data[:at] + bytes(min(length, size - at)) + data[at + length :], f"{length} zeros at {at}"
     if kind == "noise":
-        return data[:at] + random.bytes(min(length, size - at)) + data[at + length :], f"{length} of noise at {at}"
+        return data[:at] + random.randbytes(min(length, size - at)) + data[at + length :], f"{length} of noise at {at}"
     if kind == "inserted":
-        return data[:at] + random.bytes(length) + data[at:], f"{length} inserted at {at}"
+        return data[:at] + random.randbytes(length) + data[at:], f"{length} inserted at {at}"
     if kind == "removed":
         return data[:at] + data[at + length :], f"{length} removed at {at}"
     if kind == "twice":
@@ -74,15 +67,15 @@ def edited(random: Random, value: Any) -> tuple[str, str]:
     """A JSON value as text, one place of it changed: replaced, left out, renamed, moved, given twice."""
     value, everywhere = copy.deepcopy(value), places(value)
     if not everywhere:
-        return pick(random, RAW), "another value"
-    where = pick(random, everywhere)
+        return random.choice(RAW), "another value"
+    where = random.choice(everywhere)
     if random.random() < 0.5:  # near the top more often than a table of weights would have it
-        where = where[: int(random.integers(1, len(where) + 1))]
+        where = where[: random.randrange(1, len(where) + 1)]
     holder = value
     for key in where[:-1]:
         holder = holder[key]
     kind, key, name = (
-        pick(random, ["replaced"] * 5 + ["left out", "renamed", "added", "swapped"]),
+        random.choice(["replaced"] * 5 + ["left out", "renamed", "added", "swapped"]),
         where[-1],
         "/".join(map(str, where)),
     )
@@ -90,20 +83,20 @@ def edited(random: Random, value: Any) -> tuple[str, str]:
         del holder[key]
         return json.dumps(value), f"{name} left out"
     if kind == "renamed" and isinstance(holder, dict):
-        other = pick(random, ["", "x", "../x", "a" * 5000, "\0", str(key).upper(), f"{key} ", "__class__"])
+        other = random.choice(["", "x", "../x", "a" * 5000, "\0", str(key).upper(), f"{key} ", "__class__"])
         holder[other] = holder.pop(key)
         return json.dumps(value), f"{name} renamed {other[:20]!r}"
     if kind == "added" and isinstance(holder, dict):
         holder["one more"] = 1
         return json.dumps(value), f"one more beside {name}"
     if kind == "swapped":
-        other = pick(random, [place for place in everywhere if len(place) == len(where)])
+        other = random.choice([place for place in everywhere if len(place) == len(where)])
         inner = value
         for step in other:
             inner = inner[step]
         holder[key] = inner
         return json.dumps(value), f"{name} is {'/'.join(map(str, other))}"
-    text = pick(random, RAW)
+    text = random.choice(RAW)
     holder[key] = "@raw@"
     return json.dumps(value).replace('"@raw@"', text, 1), f"{name} is {text[:40]}"
 
@@ -140,7 +133,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 def replaced(random: Random, path: Path) -> str:
     """Something else lies at the path."""
-    kind = pick(random, list(KINDS))
+    kind = random.choice(list(KINDS))
     remove(path)
     KINDS[kind](path)
     return f"{path.name} is {kind}"
@@ -149,3 +142,28 @@ def replaced(random: Random, path: Path) -> str:
 def chunk(kind: bytes, data: bytes) -> bytes:
     """A chunk of a PNG file."""
     return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+BOMB = zlib.compress(bytes(2**27), 1)  # 128 MiB of zeros
+CHUNKS: dict[str, Callable[[bytes], bytes]] = {  # that are true to the format and mean harm, of a record
+    "a compressed bomb": lambda record: chunk(b"zTXt", b"flux_jax\0\0" + BOMB),
+    "a compressed bomb of another key": lambda record: chunk(b"iTXt", b"x\0\1\0\0\0" + BOMB),
+    "the record compressed": lambda record: chunk(b"zTXt", b"flux_jax\0\0" + zlib.compress(record)),
+    "the record in Latin-1": lambda record: chunk(b"tEXt", b"flux_jax\0" + record),
+    "another record": lambda record: chunk(b"iTXt", b"flux_jax\0\0\0\0\0" + record.replace(b"7", b"8")),
+    "a key that never ends": lambda record: chunk(b"tEXt", b"x" * 70_000),
+    "ten thousand texts": lambda record: chunk(b"tEXt", b"x\0y") * 10_000,
+    "no text in a text": lambda record: chunk(b"iTXt", b"flux_jax\0"),
+    "a profile bomb": lambda record: chunk(b"iCCP", b"x\0\0" + BOMB),
+}
+SIZES = {"60,000 x 60,000 pixels": (60_000, 60_000), "no pixels": (0, 0), "more pixels than numbers": (2**31, 1)}
+HARM = (*CHUNKS, *SIZES)
+
+
+def with_chunk(data: bytes, name: str) -> bytes:
+    """A PNG file, whose second chunk is its record, with one of CHUNKS before that, or of one of SIZES."""
+    if name in SIZES:
+        header = b"".join(edge.to_bytes(4, "big") for edge in SIZES[name]) + data[24:29]
+        return data[:8] + chunk(b"IHDR", header) + data[33:]
+    length = int.from_bytes(data[33:37], "big")
+    return data[:33] + CHUNKS[name](data[54 : 41 + length]) + data[33:]
