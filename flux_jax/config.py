@@ -138,7 +138,7 @@ class VAEConfig(Bounded):
     image_channels: int = within(3, (3, 3))
     latent_channels: int = within(16, WIDTH)
     channels: tuple[int, ...] = within((128, 256, 512, 512), WIDTH)
-    layers_per_block: int = within(2, (1, 64))
+    layers_per_block: int = within(2, (0, 64))
     norm_groups: int = within(32, HEADS)
     scaling_factor: float = within(0.3611, (1e-4, 1e4))
     shift_factor: float = within(0.1159, (-1e4, 1e4))

@@ -175,7 +175,7 @@ class Checkpoint:
         if len(on_mesh) == len(places) and any(place.mesh.size > 1 for place in on_mesh.values()):
             read = functools.partial(self._restored, component)
             return sharded_restore.restore(module, table, read, places=on_mesh, dtype=dtype, sections=sections)
-        return assemble(module, functools.partial(self._verified, component), dtype=dtype, sharding=sharding)
+        return assemble(module, functools.partial(self.read, component), dtype=dtype, sharding=sharding)
 
     def abstract(self, component: str) -> nnx.Module:
         """The module that `load` fills, with shapes for arrays."""
@@ -192,10 +192,11 @@ class Checkpoint:
         self._check(component)
         integrity.check_free(sum(integrity.stored_bytes(table, name) for name in names))
         weights = self._orbax_load(component, {n: np.empty(s, d) for n, (d, s) in table.items() if n in names})
-        written = self._crcs.get(component, {})
+        written, ternary = self._crcs.get(component, {}), self._ternary(component)
         for name, value in weights.items():
             if name in written and checksums.crc(value) != written[name]:
                 raise UserError(f"{self.directory}: {name} of the {component} is damaged, copy the checkpoint again")
+            self._inspect(name, value, ternary)
         return weights
 
     def _orbax_load(self, component: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,13 +214,6 @@ class Checkpoint:
             weights = self.read(component, batch)
             for name in batch:
                 yield name, weights.pop(name)
-
-    def _verified(self, component: str, names: list[str]) -> dict[str, np.ndarray]:
-        """`read`, and a look at what ternary layers hold."""
-        weights, ternary = self.read(component, names), self._ternary(component)
-        for name, value in weights.items():
-            self._inspect(name, value, ternary)
-        return weights
 
     def _restored(self, component: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Weights restored into shardings, and a look at what this process's shards of ternary layers hold."""
