@@ -216,6 +216,9 @@ def test_damaged_contents(saved, kind, value, named, snapshot_message):
     (saved / SUMS).unlink()
     with snapshot_message.raises(UserError, "double_blocks.0.txt.proj", named):
         Checkpoint.open(saved).load("transformer")
+    stored = Checkpoint.open(saved)
+    with pytest.raises(UserError, match="is damaged"):  # nor is it exported
+        list(stored.stream("transformer", stored.table("transformer")))
 
 
 def test_what_cannot_be_rounded(folder, original, pristine, tmp_path, capsys, snapshot_message):
