@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.configs import FOLDERS
+from convert.files import VARIANTS
 from convert.sources import LICENCE_FILES, TOKENIZER_FOLDERS
 from flux_jax.errors import UserError
 from flux_jax.io import reading
@@ -23,6 +24,8 @@ from flux_jax.io.places import disk_is_full
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+WEIGHTS = re.compile(r"\.safetensors(\.index(\.\w+)?\.json)?$")
+VARIANT = re.compile(rf"\.({'|'.join(VARIANTS)})\b")
 SMALL = (INDEX, SCHEDULER, *LICENCE_FILES)
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))  # either will do
 HINT = "check the network, or download the model elsewhere and give its folder"
@@ -45,19 +48,20 @@ def wanted_files(names: Iterable[str], components: Iterable[str]) -> list[str]:
     """The files of a diffusers repository that the converter reads: never the single-file layout beside it, never a
     second precision ("fp16" variants) of the same weights.
     """
-    folders = {FOLDERS[component] for component in components}
-    folders |= {TOKENIZER_FOLDERS[component][0] for component in components if component in TOKENIZER_FOLDERS}
+    tokenizers = {TOKENIZER_FOLDERS[component][0] for component in components if component in TOKENIZER_FOLDERS}
+    folders = {FOLDERS[component] for component in components} | tokenizers
+    variants: dict[str, dict[str, list[str]]] = {}  # folder -> variant, "" for none -> its files
     chosen = []
-    for name in sorted(names):
+    for name in names:
         folder, _, file = name.rpartition("/")
-        weights = file.endswith((".safetensors", ".safetensors.index.json")) and not re.search(
-            r"\.(fp16|bf16|fp32)\b", file
-        )
-        if name in SMALL or (
-            folder in folders and (weights or (folder.startswith("tokenizer") or file == "config.json"))
-        ):
+        if folder in folders and WEIGHTS.search(file):
+            variant = VARIANT.search(file)
+            variants.setdefault(folder, {}).setdefault(variant[1] if variant else "", []).append(name)
+        elif name in SMALL or folder in tokenizers or (folder in folders and file == "config.json"):
             chosen.append(name)
-    return chosen
+    for found in variants.values():
+        chosen += found[min(found, key=("", *VARIANTS).index)]
+    return sorted(chosen)
 
 
 def fetch(repo: str, components: Iterable[str]) -> Path:

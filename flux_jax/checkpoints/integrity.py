@@ -7,6 +7,7 @@ scales that no ternary layer can have.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +16,12 @@ import numpy as np
 from jax.sharding import Sharding
 
 from flux_jax.checkpoints.manifest import MANIFEST
-from flux_jax.models.params import FIXED, layer_names, target_dtype
+from flux_jax.models.params import FIXED, STACKED, layer_names, target_dtype
 from flux_jax.runtime import memory
 from pallas_kernels import packed_width, validate
 
 CODES = 4  # in a byte
+LAYER = re.compile(rf"^({'|'.join(STACKED)})\.\d+")
 Table = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # outside name -> dtype and shape, as stored
 
 
@@ -32,7 +34,10 @@ def faults_of_table(table: Table, needed: Mapping[str, tuple[int, ...]]) -> list
     """The manifest's table against the shapes that a module needs."""
     faults = [f"missing: {name} {list(shape)}" for name, shape in needed.items() if name not in table]
     faults += [f"unknown: {name}" for name in table if name not in needed]
+    kinds: dict[str, np.dtype] = {}  # of the leaves that layers are stacked in: each has one dtype
     for name, (dtype, shape) in table.items():
+        if dtype != (first := kinds.setdefault(LAYER.sub(r"\1", name), dtype)):
+            faults.append(f"wrong dtype: {name} is {dtype}, and the same of another layer {first}: it must be one")
         if name in needed and shape != needed[name]:
             faults.append(f"wrong shape: {name} is {list(shape)}, must be {list(needed[name])}")
         fixed = FIXED.get(name.rpartition(".")[2])

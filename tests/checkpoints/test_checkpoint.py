@@ -293,6 +293,14 @@ def test_overwriting(modules, tmp_path, snapshot_message):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "precious"]
 
 
+def test_layers_of_one_kind_in_two_dtypes(saved, snapshot_message):
+    """They are stacked in one array: a dtype of their own would be cast away."""
+    name = "single_blocks.1.mod.weight"
+    edit(saved, lambda m: m["parts"]["transformer"]["weights"][name].__setitem__(0, "bfloat16"))
+    with snapshot_message.raises(UserError, name):
+        Checkpoint.open(saved).load("transformer")
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
 def test_an_interruption_leaves_nothing(tmp_path, stop):
     def stopped():

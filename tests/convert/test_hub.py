@@ -71,6 +71,11 @@ def test_only_what_is_needed_is_fetched():
     }  # fmt: skip
 
 
+def test_a_variant_is_fetched_where_nothing_else_is_there():
+    only = ("transformer/a.fp16.safetensors", "transformer/a.bf16.safetensors", "vae/b.safetensors.index.fp16.json")
+    assert hub.wanted_files([*only, "text_encoder/c.fp16.bin"], ("transformer", "vae", "clip")) == list(only[1:])
+
+
 def test_a_hub_name(command, tiny_published_checkpoint, tmp_path, capsys, monkeypatch, snapshot_message):
     folder = tmp_path / "cache"
     assert main(["--to", "diffusers", str(tiny_published_checkpoint), str(folder), "-q"]) == 0
