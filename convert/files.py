@@ -104,20 +104,26 @@ def in_folder(folder: Path, component: str) -> Source:
     if len(found) == 1:
         return identify.take(found[0].source(folder), component)
     if found:
-        told = [_told(each, folder, component) for each in found[:SHOWN]]
-        more = f", and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        raise UserError(f"{folder} does not hold {identify.NAMES[component]}: {'; '.join(told)}{more}")
+        first, *others = sorted(found, key=lambda each: each.stem != STANDARD[component])
+        names = ", ".join(shortened(each.name, quote=False) for each in others[:SHOWN])
+        more = f"{names}{' ...' if len(others) > SHOWN else ''}"
+        told = _told(first, folder, component)
+        raise UserError(f"{folder} does not hold {identify.NAMES[component]}, nor does {more} in it: {told}")
     others = [path.name for path in reading.entries(folder) if path.suffix in PICKLED]
     pickled = f" (files such as {shortened(others[0])} are not read)" if others else ""
     raise UserError(f"{folder}: no .safetensors file here{pickled}")
 
 
 def _told(candidate: Candidate, folder: Path, component: str) -> str:
+    """What a name in the folder stands for, or why that cannot be known."""
     try:
         source = candidate.source(folder)
+        told = source.faults[0] if source.faults else ""
     except UserError as error:
-        return str(error)
-    return source.faults[0] if source.faults else f"{candidate.name} {identify.what(source, component) or 'is one'}"
+        told = str(error)
+    if told:
+        return told.replace(f"{folder}/", "")
+    return f"{shortened(candidate.name, quote=False)} {identify.what(source, component) or 'is one'}"
 
 
 def search(folder: Path, component: str) -> Source | None:

@@ -48,7 +48,7 @@ class Variant:
             name, _, value = pair.partition("=")
             if value not in OPTIONS.get(name, ()):
                 known = "; ".join(f"{option}={'|'.join(values)}" for option, values in OPTIONS.items())
-                where = f"{shortened(text, quote=False)}: cannot read {shortened(pair)}"
+                where = f"{shortened(text, 160, quote=False)}: cannot read {shortened(pair)}"
                 raise UserError(f"{where}; after @ may stand {known}, separated by commas.")
             chosen[name] = value
         return cls(model, **chosen)

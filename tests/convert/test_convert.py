@@ -21,7 +21,7 @@ from convert import run
 from convert.__main__ import main
 from flux_jax.checkpoints import writer
 from flux_jax.checkpoints.checkpoint import Checkpoint
-from flux_jax.io import locks, places
+from flux_jax.io import atomic, locks, places
 from flux_jax.io.safetensors import FLOATS, file_header
 
 BF16 = ml_dtypes.bfloat16

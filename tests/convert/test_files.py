@@ -109,7 +109,7 @@ def test_folders_without_the_component(tmp_path, snapshot_message):
     with snapshot_message.raises(UserError, "LoRA"):
         in_folder(tmp_path, "transformer")
     put(tmp_path / "ae.safetensors", "vae")
-    with snapshot_message.raises(UserError, "LoRA", "VAE"):
+    with snapshot_message.raises(UserError, "LoRA", "nor does ae"):
         in_folder(tmp_path, "transformer")
     assert search(tmp_path, "t5") is None
 
@@ -128,8 +128,9 @@ def test_paths_at_which_there_is_nothing_to_read(tmp_path, snapshot_message):
     for name, code in (("nothing", 3), ("gone", 3), ("itself", 2), ("device", 2), ("x" * 300, 2)):
         with pytest.raises(UserError) as caught:
             weights(tmp_path / name, "vae")
-        assert caught.value.exit_code == code
-        snapshot_message(str(caught.value), name[:20])
+        assert caught.value.exit_code == code and name[:20] in str(caught.value)
+        if len(name) < 300:  # else its middle is left out
+            snapshot_message(str(caught.value))
 
 
 def test_a_damaged_file_is_not_passed_over_for_a_variant(tmp_path):
