@@ -36,13 +36,13 @@ def faults_of_table(table: Table, needed: Mapping[str, tuple[int, ...]]) -> list
     faults += [f"unknown: {name}" for name in table if name not in needed]
     kinds: dict[str, np.dtype] = {}  # of the leaves that layers are stacked in: each has one dtype
     for name, (dtype, shape) in table.items():
-        if dtype != (first := kinds.setdefault(LAYER.sub(r"\1", name), dtype)):
-            faults.append(f"wrong dtype: {name} is {dtype}, and the same of another layer {first}: it must be one")
         if name in needed and shape != needed[name]:
             faults.append(f"wrong shape: {name} is {list(shape)}, must be {list(needed[name])}")
         fixed = FIXED.get(name.rpartition(".")[2])
         if dtype != fixed if fixed is not None else not jnp.issubdtype(dtype, jnp.floating):
             faults.append(f"wrong dtype: {name} is {dtype}, must be {fixed or 'floating'}")
+        elif dtype != (first := kinds.setdefault(LAYER.sub(r"\1", name), dtype)):
+            faults.append(f"wrong dtype: {name} is {dtype}, and the same of another layer {first}: it must be one")
     return faults
 
 

@@ -5,6 +5,7 @@ In: a path that somebody asked for. Out: UserError in a sentence before work who
 counted in bytes, as file systems do, and links are followed, for what is written is their target.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -51,19 +52,18 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
         if not final.name:
             raise UserError(f"Cannot write {path}: give the name of a file or folder.")
         above = next(parent for parent in final.parents if parent.exists())
-        limit = os.pathconf(above, "PC_NAME_MAX") if above.is_dir() else NAME_BYTES
+        if not above.is_dir():
+            raise UserError(f"Cannot write {path}: {above} is not a folder.")
+        limit = os.pathconf(above, "PC_NAME_MAX")
         for name in final.parts:
             if (length := len(os.fsencode(name))) > limit:
                 raise UserError(
                     f"Cannot write {path}: {name[:20]}... is a name of {length} bytes, and {limit} are the most."
                 )
-        final.lstat()
-    except FileNotFoundError:
-        pass
+        with contextlib.suppress(FileNotFoundError):
+            final.lstat()
     except (OSError, ValueError) as error:
         raise cannot_write(path, error) from error
-    if not above.is_dir():
-        raise UserError(f"Cannot write {path}: {above} is not a folder.")
     if final.exists() and (final.is_dir() if not folder else not final.is_dir()):
         raise UserError(f"Cannot write {path}: it is a {'file' if folder else 'folder'}.")
     if final.exists() and not (folder or final.is_file()):
@@ -91,7 +91,7 @@ def amount(size: int) -> str:
 def cannot_write(path: Path, error: Exception) -> UserError:
     """The sentence for a file or folder that the system refuses."""
     if disk_is_full(error):
-        return UserError(f"Cannot write {path}: its disk is full; free some space. Nothing was left behind.")
+        return UserError(f"Cannot write {path}: its disk is full; free some space.")
     return UserError(f"Cannot write {path}: {getattr(error, 'strerror', None) or error}.")
 
 

@@ -329,7 +329,7 @@ def test_a_full_disk(modules, tmp_path, monkeypatch, snapshot_message):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(ocp, "save", full)
-    with snapshot_message.raises(UserError, "disk", "Nothing was left behind") as caught:
+    with snapshot_message.raises(UserError, "disk is full") as caught:
         save(tmp_path / "out", CONFIG, {"clip": modules["clip"]})
     assert caught.value.exit_code == 2
     assert not list(tmp_path.iterdir())

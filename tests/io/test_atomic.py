@@ -216,6 +216,13 @@ def below_a_file(tmp_path: Path) -> Path:
     return tmp_path / "file" / "a"
 
 
+def below_a_folder_that_is_gone(tmp_path: Path) -> Path:
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    return Path("a")
+
+
 def pipe(tmp_path: Path) -> Path:
     os.mkfifo(tmp_path / "pipe")
     return tmp_path / "pipe"
@@ -226,6 +233,7 @@ PLACES = {
     "long name on the way": lambda tmp_path: long_name(tmp_path) / "a",
     "loop of links": loop,
     "below a file": below_a_file,
+    "below the current folder, which is gone": below_a_folder_that_is_gone,
     "pipe": pipe,
     "device": lambda _: Path("/dev/null"),
     "below a device": lambda _: Path("/dev/null/a"),
@@ -236,7 +244,8 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("folder", [False, True])
-def test_odd_places_are_one_sentence_before_any_work(tmp_path, place, folder):
+def test_odd_places_are_one_sentence_before_any_work(tmp_path, place, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # and back
     path = PLACES[place](tmp_path)
     with pytest.raises(UserError, match="^Cannot write ") as refused:
         places.check_writable(path, folder=folder)

@@ -19,6 +19,16 @@ ROOT = Path(__file__).parents[2]
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """No signal is ignored, though whoever started these tests, such as nohup, may have chosen that."""
+    defaults = dict.fromkeys(STATUS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(("number", "status"), STATUS.items())
 def test_a_signal_is_one_line_and_a_status_and_what_was_begun_is_cleared_up(number, status, capsys):
     before, cleared = {each: signal.getsignal(each) for each in STATUS}, []
