@@ -118,11 +118,10 @@ def _told(candidate: Candidate, folder: Path, component: str) -> str:
     """What a name in the folder stands for, or why that cannot be known."""
     try:
         source = candidate.source(folder)
-        told = source.faults[0] if source.faults else ""
     except UserError as error:
-        told = str(error)
-    if told:
-        return told.replace(f"{folder}/", "")
+        return str(error).replace(f"{folder}/", "")
+    if source.faults:
+        return source.faults[0].replace(f"{folder}/", "")
     return f"{shortened(candidate.name, quote=False)} {identify.what(source, component) or 'is one'}"
 
 
