@@ -28,7 +28,8 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.syml
 
 def survive(module: str, name: str, folder: Path, every: int = 1, timeout: int = 600) -> int:
     """The number of steps at which the work of a class in a test module (its `__file__`) was killed, and came through.
-    every: only each N-th step, where all would take too long."""
+    every: only each N-th step, where all would take too long; CRASH_WINDOWS_EVERY=1 is all."""
+    every = int(os.environ.get("CRASH_WINDOWS_EVERY", every))
     words = [sys.executable, __file__, module, name, str(folder / "crash"), str(every)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -101,6 +101,6 @@ def test_a_picture(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "every"), [("Conversion", 4), ("Replacement", 4), ("Export", 2)])
+@pytest.mark.parametrize(("name", "every"), [("Conversion", 8), ("Replacement", 15), ("Export", 8)])
 def test_a_conversion(name, every, tmp_path):
     assert crash_windows.survive(__file__, name, tmp_path, every) >= 30
