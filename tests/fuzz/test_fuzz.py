@@ -14,11 +14,16 @@ WHOLE = {"checkpoint": 40, "converter": 40}  # models, which take longer
 OUTCOMES = ("refused", "equal", "other")
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_inputs_that_went_wrong_once(name, tmp_path, every=1):
-    target = TARGETS[name](tmp_path / "work")
+def check_known(name, folder, every=1):
+    """The inputs that went wrong once, or each N-th of them."""
+    target = TARGETS[name](folder / "known")
     for number in range(0, len(target.cases()), every):
         assert target.run(Random(0), number) in OUTCOMES, target.done
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_inputs_that_went_wrong_once(name, tmp_path):
+    check_known(name, tmp_path)
 
 
 def check_drawn(name, folder, count):
@@ -43,5 +48,5 @@ def test_a_few(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_models(name, tmp_path):
-    test_inputs_that_went_wrong_once(name, tmp_path / "known", every=3)
+    check_known(name, tmp_path, every=3)
     check_drawn(name, tmp_path, WHOLE[name])
