@@ -32,6 +32,16 @@ def files_of(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
+def evaluation_of(folder: Path) -> dict[str, str]:
+    """The same of an evaluation, but for the seconds that it took."""
+    found = files_of(folder)
+    if "summary.json" in found:
+        summary = json.loads((folder / "summary.json").read_text())
+        del summary["seconds"]
+        found["summary.json"] = json.dumps(summary)
+    return found
+
+
 def checkpoint_of(folder: Path) -> dict[str, str]:
     """Component -> hash of its weights; of a checkpoint that verifies. Orbax's own files have random names."""
     if not folder.exists():
@@ -84,7 +94,7 @@ def programs(folder: Path) -> dict[str, Program]:
         "generate": Program([*run, "-o", "out/", "-q"], files_of, True),
         "evaluate": Program(
             ["-m", "flux_jax.evaluate", "nano", "--model", "nano", "--every", "60", "--steps", "2", "--out", "out"],
-            files_of,
+            evaluation_of,
             True,
         ),
         "distill": Program(
@@ -159,6 +169,7 @@ def main(argv: list[str]) -> int:
                 except Exception as error:
                     counts[name]["lost"] += 1
                     print(f"{name} {number}, killed after {after:.3f} s: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: {counts[name]}", file=sys.stderr, flush=True)
     print(json.dumps({"seed": args.seed, "counts": counts}))
     return int(any(count["lost"] for count in counts.values()))
 
