@@ -1,6 +1,7 @@
 """The one exception that stands for a user's mistake: a sentence to print and the process's exit code; how a value or a
 text is shown in one, and the command that most of them end with."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,18 @@ LONGEST = 300  # characters of a line of a message
 
 class UserError(Exception):
     """Something that the user can mend. `exit_code`: 2 bad input, 3 missing or gated weights, 4 out of memory. A line
-    that a stranger's name or value made too long loses its middle, and what a terminal would act on is spelled out."""
+    that a name or value made too long loses the middles of its longest words, and what a terminal would act on is
+    spelled out."""
 
     def __init__(self, message: str, exit_code: int = 2):
-        lines = printable(message).split("\n")
-        lines = (line if len(line) <= LONGEST else f"{line[:180]} ... {line[-115:]}" for line in lines)
-        super().__init__("\n".join(lines))
+        super().__init__("\n".join(map(_fitted, printable(message).split("\n"))))
         self.exit_code = exit_code
+
+
+def _fitted(line: str) -> str:
+    if len(line) > LONGEST:
+        line = re.sub(r"\S{61,}", lambda word: shortened(word[0], quote=False), line)
+    return line if len(line) <= LONGEST else f"{line[:180]} ... {line[-115:]}"
 
 
 def shortened(value: Any, most: int = 60, *, quote: bool = True) -> str:

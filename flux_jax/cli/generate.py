@@ -107,7 +107,7 @@ def open_session(args: argparse.Namespace, record: dict[str, Any]) -> Session:
     name = args.model or record["model"].get("id") or DEFAULT_MODEL
     if not args.model and name not in ALIASES:
         raise UserError(
-            f"{args.from_metadata} was made with the checkpoint {shortened(name)}, and a picture opens no folder; "
+            f"{args.from_metadata} was made with the checkpoint {shortened(name, 120)}, and a picture opens no folder; "
             "name it yourself: --model PATH."
         )
     stored = Checkpoint.open(name)

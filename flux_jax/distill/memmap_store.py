@@ -96,7 +96,7 @@ def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def open_store(folder: Path, *needed: str) -> dict[str, np.memmap]:
     """The arrays of a store by name, to be read. UserError where one that is `needed` or a file is missing, or a file
     is of another size than it was."""
-    remedy = f"delete {folder}, and the same call makes it again"
+    remedy = "delete its folder, and the same call makes it again"
     arrays = {}
     for name, entry in reading.read_object(folder / TABLE, remedy=remedy).items():
         file = folder / f"{name}.bin"
@@ -113,7 +113,7 @@ def open_store(folder: Path, *needed: str) -> dict[str, np.memmap]:
             raise UserError(f"{file} has {found} bytes, and {written} were written: {remedy}.")
         arrays[name] = np.memmap(file, dtype, "r", shape=shape)
     if lacking := [name for name in needed if name not in arrays]:
-        raise UserError(f"{folder} lacks {lacking[0]}: {remedy}.")
+        raise UserError(f"{folder / TABLE} lacks {lacking[0]}: {remedy}.")
     return arrays
 
 

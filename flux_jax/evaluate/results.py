@@ -132,7 +132,7 @@ def _read_answers(path: Path, folder: Path) -> dict[str, list[float]]:
         prompts = dict(enumerate(prompts[index] for index in sorted(prompts)))
     if set(answers) != set(prompts):
         raise UserError(
-            f"{path} judges {len(answers)} pictures, but {folder / 'samples'} holds {len(prompts)}, or others; "
+            f"{path} judges {len(answers)} pictures, but {folder.name}/samples holds {len(prompts)}, or others; "
             "run the evaluator again."
         )
     groups: dict[str, list[float]] = {}

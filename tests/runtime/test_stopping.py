@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def heard():
     """No signal is ignored, though whoever started these tests, such as nohup, may have chosen that."""
     defaults = dict.fromkeys(STATUS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
@@ -97,7 +97,7 @@ if MODE == "import":
         here(signal.SIGTERM)
     except BaseException:
         pass
-    time.sleep(20)
+    time.sleep(900)
 
 class Destructor:
     def __del__(self):
@@ -121,7 +121,7 @@ def run(argv):
         finally:
             time.sleep(0.3)
             here(signal.SIGINT)
-            time.sleep(20)
+            time.sleep(900)
     elif MODE == "thread":
         threading.Thread(target=failing).start()
         here(signal.SIGTERM)
@@ -129,11 +129,11 @@ def run(argv):
         atexit.register(here, signal.SIGTERM)
         return 7
     elif MODE == "joined":
-        threading.Thread(target=time.sleep, args=(20,)).start()
+        threading.Thread(target=time.sleep, args=(900,)).start()
         threading.Timer(0.3, here, [signal.SIGTERM]).start()
         return 7
     try:
-        time.sleep(20)
+        time.sleep(900)
     finally:
         print("cleared up")
 
@@ -154,12 +154,13 @@ ENDS = {  # status, stdout
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """Each mode of the program above in a process of its own, all at once: (exit status, stdout, stderr, seconds)."""
+    """Each mode of the program above in a process of its own, all at once: (exit status, stdout, stderr). One that does
+    not end at once sleeps for longer than anybody waits."""
     folder = tmp_path_factory.mktemp("program")
     (folder / "stopped_program.py").write_text(PROGRAM)
     command = [sys.executable, "-c", "from flux_jax.cli.launch import launch; launch('stopped_program')"]
     paths = os.pathsep.join([str(ROOT), str(folder)])
-    started, since = {}, time.monotonic()
+    started = {}
     for mode in ENDS:
         environment = os.environ | {"MODE": mode, "PYTHONPATH": paths}
         started[mode] = subprocess.Popen(
@@ -167,17 +168,16 @@ def ended(tmp_path_factory):
         )
     found = {}
     for mode, process in started.items():
-        out, err = process.communicate(timeout=60)
-        found[mode] = process.returncode, out, err, time.monotonic() - since
+        out, err = process.communicate(timeout=300)
+        found[mode] = process.returncode, out, err
     return found
 
 
 @pytest.mark.parametrize("mode", ENDS)
 def test_a_process_of_our_own_ends_at_once_or_when_all_is_cleared_up(mode, ended):
-    status, out, err, seconds = ended[mode]
+    status, out, err = ended[mode]
     assert (status, out) == ENDS[mode]
     assert err == ("Interrupted.\n" if status == 143 else "")
-    assert seconds < 15
 
 
 PROGRAMS = (
