@@ -21,7 +21,7 @@ import time
 import traceback
 from pathlib import Path
 
-HANG = 60.0  # seconds for one input
+HANG = 120.0  # seconds for one input
 GROWTH = 1.5e9  # bytes of memory that one input may take
 NOISE = ("Traceback", "never retrieved", "Exception ignored")  # on stderr, whatever the outcome
 NAMES = ("checkpoint", "safetensors", "png", "converter", "prompts", "config")
