@@ -11,7 +11,7 @@ LONGEST = 300  # characters of a line of a message
 
 class UserError(Exception):
     """Something that the user can mend. `exit_code`: 2 bad input, 3 missing or gated weights, 4 out of memory. A line
-    that a name or value made too long loses the middles of its longest words, and what a terminal would act on is
+    that a name or value made too long loses the middles of its words, but the first, and what a terminal would act on is
     spelled out."""
 
     def __init__(self, message: str, exit_code: int = 2):
@@ -21,7 +21,7 @@ class UserError(Exception):
 
 def _fitted(line: str) -> str:
     if len(line) > LONGEST:
-        line = re.sub(r"\S{61,}", lambda word: shortened(word[0], quote=False), line)
+        line = re.sub(r"(?<=\s)\S{61,}", lambda word: shortened(word[0], quote=False), line)
     return line if len(line) <= LONGEST else f"{line[:180]} ... {line[-115:]}"
 
 
