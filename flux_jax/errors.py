@@ -11,8 +11,8 @@ LONGEST = 300  # characters of a line of a message
 
 class UserError(Exception):
     """Something that the user can mend. `exit_code`: 2 bad input, 3 missing or gated weights, 4 out of memory. A line
-    that a name or value made too long loses the middles of its words, but the first, and what a terminal would act on is
-    spelled out."""
+    that a name or value made too long loses the middles of its words, but the first's, and what a terminal would act on
+    is spelled out."""
 
     def __init__(self, message: str, exit_code: int = 2):
         super().__init__("\n".join(map(_fitted, printable(message).split("\n"))))
