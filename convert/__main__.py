@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flux_jax.cli.main import Parser, guarded, path, program, say
+from flux_jax.cli.main import Parser, expanded, guarded, path, program, say
 from flux_jax.errors import UserError
 from flux_jax.io.atomic import WholeFolder
 from flux_jax.models.params import COMPONENTS
@@ -44,7 +44,7 @@ def parser() -> Parser:
     )
     p.add_argument(
         "source",
-        type=source,
+        type=expanded,
         help="a diffusers folder or hub name OWNER/NAME, or a .safetensors file: a transformer, or all in one",
     )
     p.add_argument("out", type=path, help="the directory to write; it appears when it is complete")
@@ -73,11 +73,6 @@ def parser() -> Parser:
     p.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT if it exists")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     return p
-
-
-def source(text: str) -> str:
-    """SOURCE, which may be a path, "~" and all, or a name on the hub."""
-    return str(path(text)) if text.startswith("~") else text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

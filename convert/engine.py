@@ -18,7 +18,7 @@ from convert.rules import FORMATS, Format, Rule
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError, shortened
 from flux_jax.io.safetensors import FLOATS, Source
-from flux_jax.models.params import abstract_component, leaf_table
+from flux_jax.models.params import abstract_component, leaf_of, leaf_table
 
 SHOWN = 40  # faults printed before "and N more"
 KEPT = tuple(map(np.dtype, (ml_dtypes.bfloat16, np.float16, np.float32)))  # what floating weights are stored as
@@ -182,11 +182,10 @@ def own_dtypes(source: Source, weights: Mapping[str, Weight]) -> dict[str, np.dt
     """The dtype in which each weight keeps what its pieces hold, the same for all layers of a kind: the program stacks
     them."""
     pieces: dict[str, list[np.dtype]] = {}
-    kinds = {path: re.sub(r"^(\w+)\.\d+\.", r"\1.*.", path) for path in weights}
     for path, weight in weights.items():
-        pieces.setdefault(kinds[path], []).extend(stored_as(source, weight))
-    own = {kind: kept_as(set(stored)) for kind, stored in pieces.items()}
-    return {path: own[kinds[path]] for path in weights}
+        pieces.setdefault(leaf_of(path), []).extend(stored_as(source, weight))
+    own = {leaf: kept_as(set(stored)) for leaf, stored in pieces.items()}
+    return {path: own[leaf_of(path)] for path in weights}
 
 
 def read_weight(source: Source, weight: Weight, dtype: Any) -> np.ndarray:

@@ -24,7 +24,7 @@ from flux_jax.checkpoints.checkpoint import Checkpoint
 from flux_jax.errors import UserError
 from flux_jax.io import published
 from flux_jax.io.atomic import WholeFolder
-from flux_jax.io.places import cannot_write, check_space
+from flux_jax.io.places import check_space
 from flux_jax.io.safetensors import FLOATS, file_header
 from flux_jax.models.params import COMPONENTS, abstract_component, leaf_table
 
@@ -56,16 +56,13 @@ def export(name: str | Path, out: Path, *, quiet: bool = False) -> None:
     small = _small(checkpoint)
     with WholeFolder(out) as folder:
         check_space(out, sum(plan.nbytes for plan in plans.values()))
-        try:
-            for path, data in small.items():
-                _write_json(folder.working / path, data)
-            for component, (place, _) in TOKENIZER_FOLDERS.items():
-                (folder.working / place).mkdir()
-                published.copy_tokenizer(checkpoint.tokenizers / component, folder.working / place)
-            for component, plan in plans.items():
-                _write_component(checkpoint, component, plan, folder.working, quiet)
-        except OSError as error:
-            raise cannot_write(out, error) from error
+        for path, data in small.items():
+            _write_json(folder.working / path, data)
+        for component, (place, _) in TOKENIZER_FOLDERS.items():
+            (folder.working / place).mkdir()
+            published.copy_tokenizer(checkpoint.tokenizers / component, folder.working / place)
+        for component, plan in plans.items():
+            _write_component(checkpoint, component, plan, folder.working, quiet)
         folder.publish()
 
 

@@ -8,7 +8,6 @@ gated weights, no network, a cache that cannot be used: one message, exit code 3
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from flux_jax.errors import UserError
 from flux_jax.io import reading
 from flux_jax.io.library import PASSED_ON
 from flux_jax.io.places import disk_is_full
+from flux_jax.io.published import CLIP_FILES
+from flux_jax.runtime.console import say
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 INDEX = "model_index.json"
@@ -27,7 +28,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 WEIGHTS = re.compile(r"\.safetensors(\.index(\.\w+)?\.json)?$")
 VARIANT = re.compile(rf"\.({'|'.join(VARIANTS)})\b")
 SMALL = (INDEX, SCHEDULER, *LICENCE_FILES)
-TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))  # either will do
+TOKENIZERS = (*CLIP_FILES, ("spiece.model",))  # either will do
 HINT = "check the network, or download the model elsewhere and give its folder"
 
 
@@ -102,7 +103,7 @@ def _downloaded(repo: str, components: tuple[str, ...]) -> Path:
             3,
         )
     gigabytes = sum(sizes[name] for name in files) / 1e9
-    print(f"{repo}: {len(files)} files, {gigabytes:.1f} GB to have in the hub's cache", file=sys.stderr)
+    say(f"{repo}: {len(files)} files, {gigabytes:.1f} GB to have in the hub's cache")
     fetched = _asked(repo, lambda: huggingface_hub.snapshot_download(repo, revision=info.sha, allow_patterns=files))
     if missing := _missing(Path(fetched), components):  # without the network the library returns what it has
         raise NotFetched(f"{repo} cannot be fetched ({missing} did not come): {HINT}", f"{missing} did not come")
@@ -160,7 +161,7 @@ def _cached(repo: str, components: tuple[str, ...], error: NotFetched) -> Path:
     for folder in _snapshots(Path(HF_HUB_CACHE, "models--" + repo.replace("/", "--"))):
         missing = _missing(folder, components)
         if missing is None:
-            print(f"{repo}: {error.reason}; the hub's cache has it, revision {folder.name}", file=sys.stderr)
+            say(f"{repo}: {error.reason}; the hub's cache has it, revision {folder.name}")
             return folder
         lacking.append(missing)
     if not lacking:

@@ -111,6 +111,16 @@ def tiny_published_checkpoint(tmp_path_factory) -> Path:
     return tiny_model.save(tmp_path_factory.mktemp("checkpoint") / "tiny", tiny_model.published_config())
 
 
+@pytest.fixture(scope="session")
+def tiny_published_folder(tiny_published_checkpoint, tmp_path_factory):
+    """That one as a diffusers folder; whoever changes it takes a copy."""
+    from convert.export import export
+
+    folder = tmp_path_factory.mktemp("published") / "folder"
+    export(tiny_published_checkpoint, folder, quiet=True)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     """The same draws in every test, whatever ran before it; JAX needs none, its keys are explicit."""

@@ -1,11 +1,11 @@
 """Kills a piece of work between any two of its steps on the disk, one after the other, and looks at what is left.
 
-In: a class of a test module, with the static methods `before(folder)`, `work(folder)` and `whole(folder)`. For n = 1,
-2, ... a process of its own does the work in a fresh folder and is killed (SIGKILL) before the n-th step that changes
-something there: a file opened for writing, renamed, linked, removed, a folder made or removed. `whole` then says what
-lies there, "old", "new" or "nothing", and raises where it is half of something; and the same work, done once more, must
-end with "new" and leave no hidden file behind. That ends with the first n that the work does not reach. Out: the number
-of steps that were tried.
+In: a class of a test module, with the static methods `work(folder)` and `whole(folder)` and, where something is there
+before, `before(folder)`. For n = 1, 2, ... a process of its own does the work in a fresh folder and is killed (SIGKILL)
+before the n-th step that changes something there: a file opened for writing, renamed, linked, removed, a folder made or
+removed. `whole` then says what lies there, "old", "new" or "nothing", and raises where it is half of something; and the
+same work, done once more, must end with "new" and leave no hidden file behind. That ends with the first n that the work
+does not reach. Out: the number of steps that were tried.
 
 The steps are seen by an audit hook (PEP 578), so that the code that is tested has no part in it. Every process is
 forked from one that has imported everything and used nothing: a step costs milliseconds. Run as
@@ -101,7 +101,8 @@ def main(module: Path, name: str, folder: Path, every: int) -> int:
     while True:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        assert forked(tested.before, folder) == 0
+        if hasattr(tested, "before"):
+            assert forked(tested.before, folder) == 0
         status = forked(dying, step)
         if status == 0:
             assert forked(check) == 0

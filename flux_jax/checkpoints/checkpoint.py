@@ -17,7 +17,6 @@ had `.weight`, and the manifest has an entry `quantization` (see `flux_jax.check
 """
 
 import functools
-import hashlib
 import importlib.resources
 import os
 import stat
@@ -36,7 +35,7 @@ from flux_jax.checkpoints.manifest import MANIFEST, check_layers, read_manifest,
 from flux_jax.checkpoints.silence import silenced
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError, shortened
-from flux_jax.io.reading import read_bytes, reason
+from flux_jax.io.reading import reason
 from flux_jax.models.params import Placement, abstract_component, assemble, batches, dotted, leaf_table, placement_of
 from flux_jax.models.quantize import abstract_ternary, ternary_paths
 from flux_jax.runtime import memory
@@ -105,7 +104,7 @@ class Checkpoint:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the manifest file, in hexadecimal: what a record tells this checkpoint from others by."""
-        return hashlib.sha256(read_bytes(self.directory / MANIFEST, remedy=tree.AGAIN)).hexdigest()
+        return checksums.digest(self.directory / MANIFEST)
 
     @functools.cached_property
     def _sums(self) -> checksums.Sums | None:

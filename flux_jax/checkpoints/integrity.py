@@ -7,7 +7,6 @@ scales that no ternary layer can have.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +15,11 @@ import numpy as np
 from jax.sharding import Sharding
 
 from flux_jax.checkpoints.manifest import MANIFEST
-from flux_jax.models.params import FIXED, STACKED, layer_names, target_dtype
+from flux_jax.models.params import FIXED, layer_names, leaf_of, target_dtype
 from flux_jax.runtime import memory
 from pallas_kernels import packed_width, validate
 
 CODES = 4  # in a byte
-LAYER = re.compile(rf"^({'|'.join(STACKED)})\.\d+")
 Table = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # outside name -> dtype and shape, as stored
 
 
@@ -41,7 +39,7 @@ def faults_of_table(table: Table, needed: Mapping[str, tuple[int, ...]]) -> list
         fixed = FIXED.get(name.rpartition(".")[2])
         if dtype != fixed if fixed is not None else not jnp.issubdtype(dtype, jnp.floating):
             faults.append(f"wrong dtype: {name} is {dtype}, must be {fixed or 'floating'}")
-        elif dtype != (first := kinds.setdefault(LAYER.sub(r"\1", name), dtype)):
+        elif dtype != (first := kinds.setdefault(leaf_of(name), dtype)):
             faults.append(f"wrong dtype: {name} is {dtype}, and the same of another layer {first}: it must be one")
     return faults
 

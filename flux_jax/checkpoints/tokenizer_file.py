@@ -2,17 +2,14 @@
 
 In: a folder with `tokenizer.json`, and `tokenizer_config.json` where there is one. Out: the tokenizer of the library
 `tokenizers`, which is written in Rust: what goes wrong there may be a panic, which Python sees as no `Exception`, or
-the end of the process, where memory runs out. So each use of it stands in `library`, and what would grow a text without
-bounds is refused before it is used.
+the end of the process, where memory runs out. So each use of it stands in `library`, and in `unheard`, for a panic
+writes a page to stderr that would only hide the sentence; and what would grow a text without bounds is refused before
+it is used.
 """
 
 import base64
-import contextlib
 import json
 import math
-import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,10 @@ from tokenizers import Tokenizer
 from flux_jax.errors import UserError
 from flux_jax.io.library import library
 from flux_jax.io.reading import LARGE, read_object, unreadable
+from flux_jax.runtime.console import unheard
 
 AGAIN = "convert or download the checkpoint again"
 MOST_GROWTH = 10**5  # of a text on its way to tokens; that of published tokenizers is some thousand
-STDERR = threading.Lock()  # of the process: one thread at a time turns it away, and back
 USUAL_GROWTH = 4  # the most that a step which inserts nothing of its own makes of a character, nearly
 
 
@@ -44,25 +41,6 @@ def read(folder: Path) -> Tokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
     return tokenizer
-
-
-@contextlib.contextmanager
-def unheard() -> Iterator[None]:
-    """Nothing is written to the process's stderr inside: a panic writes a page there, past Python, which would only
-    hide the sentence."""
-    with STDERR:
-        try:
-            kept = os.dup(2)
-        except OSError:  # it is closed: nobody hears
-            yield
-            return
-        try:
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), 2)
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def growth(step: Any) -> int:

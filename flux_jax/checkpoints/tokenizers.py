@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from flux_jax.checkpoints.tokenizer_file import AGAIN, read, special_tokens, unheard
+from flux_jax.checkpoints.tokenizer_file import AGAIN, read, special_tokens
 from flux_jax.config import FluxConfig
 from flux_jax.errors import UserError, shortened
 from flux_jax.io.library import library
+from flux_jax.runtime.console import unheard
 
 END = "<|endoftext|>"  # of a text, to CLIP; pads where the checkpoint names no other token
 PROBE = "A photo, 3 é."  # drawn by nobody: what a tokenizer makes of it shows which ids it uses

@@ -16,9 +16,8 @@ from flux_jax.checkpoints import checksums
 from flux_jax.checkpoints.manifest import MANIFEST, TOKENIZERS, VERSION, lined_json
 from flux_jax.checkpoints.orbax_writer import OrbaxWriter
 from flux_jax.config import FluxConfig
-from flux_jax.errors import DISTRIBUTION, UserError
+from flux_jax.errors import DISTRIBUTION
 from flux_jax.io.atomic import WholeFolder
-from flux_jax.io.places import cannot_write, disk_is_full
 from flux_jax.models.params import leaves
 from flux_jax.runtime.environment import version_of
 
@@ -74,10 +73,6 @@ class CheckpointWriter:
         if self._tree is not None:
             self._tree.abandon()
         self._folder.__exit__(kind, error, trace)
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            ours = isinstance(error, OSError) and str(self.working) in str(error)
-            if ours or disk_is_full(error):
-                raise cannot_write(self.directory, error) from error
 
     def add(self, component: str, name: str, value: np.ndarray) -> None:
         """The next weight (outside name, one layer). The weights of a component come one after the other."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from flux_jax import validation
-from flux_jax.cli.main import Parser, path, program, say
+from flux_jax.cli.main import Parser, expanded, path, program, say
 from flux_jax.errors import UserError, shortened
 from flux_jax.io import reading
 from flux_jax.runtime.environment import version
@@ -109,12 +109,6 @@ def build_parser() -> Parser:
     add("-v", "--verbose", action="store_true", help="say more: device, dtype, cache folder")
     add("--version", action="version", version=f"flux_jax {version()}")
     return parser
-
-
-def expanded(text: str) -> str:
-    """`flux_jax.cli.main.path` for what is not only a path, a template or the name of a model: "~" is the home folder,
-    any other text stays as it is."""
-    return f"{path(text)}{'/' * text.endswith('/')}" if text.startswith("~") else text
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from flux_jax import validation
-from flux_jax.cli.arguments import expanded
 from flux_jax.cli.evaluate import INTERRUPTED, NO_MEMORY
-from flux_jax.cli.main import Parser, check_device, guarded, path, program, say
+from flux_jax.cli.main import Parser, check_device, expanded, guarded, path, program, say
 from flux_jax.cli.sampling_arguments import add_sampling, same_sampling
 from flux_jax.errors import UserError
 from flux_jax.io import locks

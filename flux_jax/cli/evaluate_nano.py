@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flux_jax.cli.arguments import expanded
-from flux_jax.cli.main import path
+from flux_jax.cli.main import expanded, path
 from flux_jax.cli.sampling_arguments import add_sampling, same_sampling
 from flux_jax.errors import UserError
 from flux_jax.evaluate.models import Variant

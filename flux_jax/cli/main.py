@@ -62,6 +62,12 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def expanded(text: str) -> str:
+    """`path` for what is not only a path, a template or the name of a model: "~" is the home folder,
+    any other text stays as it is."""
+    return f"{path(text)}{'/' * text.endswith('/')}" if text.startswith("~") else text
+
+
 def whole(least: int, most: int) -> Callable[[str], int]:
     """What argparse calls with an argument that is a whole number within bounds."""
 

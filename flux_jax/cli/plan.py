@@ -6,37 +6,23 @@ flags that make it.
 """
 
 import argparse
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from flux_jax import validation
 from flux_jax.checkpoints.checkpoint import Checkpoint
-from flux_jax.cli.arguments import OFFLOADING, TILING, expanded, parse_size
-from flux_jax.cli.main import Parser, guarded, in_flags, output, output_json, program, say, whole
+from flux_jax.cli.arguments import OFFLOADING, TILING, parse_size
+from flux_jax.cli.main import Parser, expanded, guarded, in_flags, output, output_json, program, say, whole
 from flux_jax.config import dev, schnell
 from flux_jax.runtime import aot
+from flux_jax.runtime.console import unheard
 from flux_jax.runtime.environment import start_jax
 from flux_jax.sampling.planner import AbstractModel, Planner, describe, model_of
 
 PRESETS = {"dev": dev, "schnell": schnell}
-
-
-@contextlib.contextmanager
-def compiler_silenced() -> Iterator[None]:
-    """Keeps off stderr what XLA itself writes there: of a program that does not fit, which is an answer here, it speaks
-    as of an error. What fails is raised all the same."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
@@ -81,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
     steps, length = args.steps or defaults.num_inference_steps, defaults.max_sequence_length
     planner = Planner(model, args.gpu, height=height, width=width, steps=steps, length=length)
     say(f"Compiling for {planner.device} ...")
-    with compiler_silenced():
+    with unheard():  # XLA speaks of a program that does not fit, an answer here, as of an error
         text, figures = described(planner, args)
     form = "bf16" if model.activations is None else f"ternary, {model.activations} activations"
     head = f"{model.config.name} ({form}), {width}x{height}, {steps} steps"

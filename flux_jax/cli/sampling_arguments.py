@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from flux_jax import validation
-from flux_jax.cli.arguments import expanded, parse_size
+from flux_jax.cli.arguments import parse_size
+from flux_jax.cli.main import expanded
 from flux_jax.errors import UserError
 from flux_jax.evaluate.models import Variant
 

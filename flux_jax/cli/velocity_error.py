@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flux_jax import validation
-from flux_jax.cli.arguments import expanded
-from flux_jax.cli.main import Parser, guarded, output_json, path, program, say, whole
+from flux_jax.cli.main import Parser, expanded, guarded, output_json, path, program, say, whole
 from flux_jax.errors import UserError
 from flux_jax.io import prompts
 from flux_jax.runtime.environment import start_jax

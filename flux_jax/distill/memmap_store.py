@@ -47,43 +47,32 @@ class StoreWriter:
             return self
         with contextlib.ExitStack() as held:
             self._whole = held.enter_context(atomic.WholeFolder(self.folder, overwrite=True))
-            with self._sentences():
-                table = {name: [list(shape), jnp.dtype(dtype).name] for name, (shape, dtype) in self.layout.items()}
-                (self._whole.working / TABLE).write_text(json.dumps(table) + "\n")
-                for name, entry in self.layout.items():
-                    file = held.enter_context((self._whole.working / f"{name}.bin").open("wb"))
-                    file.truncate(bytes_of({name: entry}))
-                    self._files[name] = file
+            table = {name: [list(shape), jnp.dtype(dtype).name] for name, (shape, dtype) in self.layout.items()}
+            (self._whole.working / TABLE).write_text(json.dumps(table) + "\n")
+            for name, entry in self.layout.items():
+                file = held.enter_context((self._whole.working / f"{name}.bin").open("wb"))
+                file.truncate(bytes_of({name: entry}))
+                self._files[name] = file
             self._held = held.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with self._sentences():
-            self._held.__exit__(*error)
+        self._held.__exit__(*error)
 
     def write(self, start: int, rows: Mapping[str, np.ndarray]) -> None:
         """Rows from number `start` on, of every array."""
-        with self._sentences():  # files, not maps: there a full disk would be a signal, not an error
-            for name, value in rows.items() if self.lead else ():
-                shape, dtype = self.layout[name]
-                self._files[name].seek(start * bytes_of({name: (shape[1:], dtype)}))
-                self._files[name].write(np.ascontiguousarray(value, dtype).reshape(-1).view(np.uint8).data)
+        for name, value in rows.items() if self.lead else ():  # to files: to a map a full disk is a signal, no error
+            shape, dtype = self.layout[name]
+            self._files[name].seek(start * bytes_of({name: (shape[1:], dtype)}))
+            self._files[name].write(np.ascontiguousarray(value, dtype).reshape(-1).view(np.uint8).data)
 
     def finish(self) -> None:
         """Brings everything to the disk and gives the folder its name."""
         if self.lead:
-            with self._sentences():
-                for file in self._files.values():
-                    file.close()
+            for file in self._files.values():
+                file.close()
             self._whole.publish()
         mesh.barrier(f"store {self.folder.name}")
-
-    @contextlib.contextmanager
-    def _sentences(self):
-        try:
-            yield
-        except OSError as error:
-            raise places.cannot_write(self.folder, error) from error
 
 
 def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flux_jax.errors import UserError
 from flux_jax.io.locks import clear, exclusive, held
-from flux_jax.io.places import beside, cannot_write, check_writable, followed
+from flux_jax.io.places import beside, cannot_write, check_writable, disk_is_full, followed
 
 PATIENCE = 20.0  # seconds that a file may be in another process's hands: it is written in far less
 NO_REPLACE, EXCHANGE = 1, 2  # flags of renameat2(2)
@@ -29,7 +29,8 @@ UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)  # this kernel or file sys
 
 class WholeFolder:
     """A folder, `working` while it is filled, that gets its name by `publish`. A context manager: leaving it without
-    that, by an error or an interruption, leaves nothing behind.
+    that, by an error or an interruption, leaves nothing behind; an error of the system that stopped the writing, or of
+    a library that met a full disk, leaves as a UserError.
 
     UserError where no folder can be made there; and on entering it where the name is taken, if not `overwrite`, or
     taken by something that is not `ours`: what that says of it, or None.
@@ -67,9 +68,14 @@ class WholeFolder:
             self._check_free()
             yield
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with self._held:
             clear(self.final)
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            # An open file's errors do not say its name; those of files elsewhere do.
+            ours = isinstance(error, OSError) and (error.filename is None or str(self.working) in str(error))
+            if ours or disk_is_full(error):
+                raise cannot_write(self.folder, error) from error
 
     def _check_free(self) -> None:
         if not os.path.lexists(self.final):
@@ -80,18 +86,14 @@ class WholeFolder:
             raise UserError(f"{self.folder} {wrong}, so it is not overwritten: choose another name")
 
     def publish(self) -> None:
-        """Brings the folder to the disk and gives it its name; one that had the name goes thereafter. UserError where
-        that cannot be done."""
-        try:
-            sync_tree(self.working)
-            if not self.final.exists():
-                os.rename(self.working, self.final)
-            elif not _rename(self.working, self.final, EXCHANGE):
-                os.rename(self.final, beside(self.final, "old"))
-                os.rename(self.working, self.final)
-            _sync(self.final.parent)
-        except OSError as error:
-            raise cannot_write(self.folder, error) from error
+        """Brings the folder to the disk and gives it its name; one that had the name goes thereafter."""
+        sync_tree(self.working)
+        if not self.final.exists():
+            os.rename(self.working, self.final)
+        elif not _rename(self.working, self.final, EXCHANGE):
+            os.rename(self.final, beside(self.final, "old"))
+            os.rename(self.working, self.final)
+        _sync(self.final.parent)
 
 
 def write_whole(path: Path, data: bytes, *, overwrite: bool) -> None:

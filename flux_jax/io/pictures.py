@@ -4,8 +4,6 @@ In: a PNG file that this project drew, and that somebody may have damaged or rep
 whole; or UserError, one sentence that says which file to delete.
 """
 
-import io
-import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -17,14 +15,8 @@ AGAIN = "delete it, and the same command makes it again"
 
 def read_picture(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     """The picture in RGB. size: (width, height) that it must have."""
-    data = reading.read_bytes(path, most=png.MAX_PICTURE, remedy=AGAIN)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as file:
-                picture = file.convert("RGB")
-    except Exception as error:  # damage makes Pillow raise nearly anything
-        raise reading.unreadable(path, "it is not a readable PNG picture", AGAIN) from error
+    with png.opened(path, AGAIN) as file:
+        picture = file.convert("RGB")
     if size is not None and picture.size != size:
         had, wanted = ("x".join(map(str, each)) for each in (picture.size, size))
         raise reading.unreadable(path, f"it has {had} pixels, and those beside it have {wanted}", AGAIN)

@@ -6,11 +6,12 @@ back: a stranger's, so every value is checked, and no pixel decoded where the re
 library but numpy here, so that reading a record starts quickly.
 """
 
+import contextlib
 import io
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -157,15 +158,22 @@ def read_record(path: Path, say: Callable[[str], None] = lambda _: None) -> dict
 
 def _record_text(path: Path) -> str | None:
     """The text chunk with the record; None where there is none. Other programs may have moved it behind the pixels."""
-    data = reading.read_bytes(path, most=MAX_PICTURE)
+    with opened(path) as image:
+        if RECORD_KEY not in image.info and not getattr(image, "is_animated", False):
+            image.load()
+            return getattr(image, "text", {}).get(RECORD_KEY)
+        return image.info.get(RECORD_KEY)
+
+
+@contextlib.contextmanager
+def opened(path: Path, remedy: str = "") -> Iterator[Image.Image]:
+    """A PNG file as Pillow opens it; what goes wrong, there or inside, is a UserError that ends with the remedy."""
+    data = reading.read_bytes(path, most=MAX_PICTURE, remedy=remedy)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                if RECORD_KEY not in image.info and not getattr(image, "is_animated", False):
-                    image.load()
-                    return getattr(image, "text", {}).get(RECORD_KEY)
-                return image.info.get(RECORD_KEY)
+                yield image
     except Exception as error:  # damage makes Pillow raise nearly anything
-        raise reading.unreadable(path, "it is not a readable PNG picture") from error
+        raise reading.unreadable(path, "it is not a readable PNG picture", remedy) from error

@@ -8,6 +8,7 @@ the program (`double_blocks.img.qkv.weight` [19, n, k]) is one weight a layer ou
 
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ COMPONENTS = {
 }
 FIXED = {"packed": jnp.dtype(jnp.uint8), "scale": jnp.dtype(jnp.float32)}  # leaves of these names keep these dtypes
 STACKED = ("double_blocks", "single_blocks", "layers")  # children whose every leaf has a leading axis of layers
+_LAYER = re.compile(rf"^({'|'.join(STACKED)})\.\d+\.")
 BATCH_BYTES = 2**30  # weights read at a time, if a single leaf is not larger
 
 T = TypeVar("T")
@@ -61,6 +63,12 @@ def layer_names(path: str, layers: int) -> list[str] | None:
     """The outside names of a stacked leaf, one a layer; None for a leaf that is not stacked."""
     head, _, rest = path.partition(".")
     return [f"{head}.{i}.{rest}" for i in range(layers)] if head in STACKED else None
+
+
+def leaf_of(name: str) -> str:
+    """The path of the leaf in which the weight of that outside name is, with all layers of its kind where it has one of
+    them."""
+    return _LAYER.sub(r"\1.", name)
 
 
 def nbytes(tree: Any) -> int:

@@ -22,7 +22,7 @@ from flux_jax.checkpoints import checkpoint, checksums, writer
 from flux_jax.checkpoints.tokenizers import Tokenizers
 from flux_jax.config import FluxConfig, nano
 from flux_jax.errors import UserError
-from flux_jax.io import atomic, places, reading
+from flux_jax.io import atomic, reading
 from flux_jax.io.library import library
 from flux_jax.models.params import abstract_component, assemble, leaves
 from flux_jax.models.vae import VAE
@@ -116,13 +116,10 @@ def export_student(student: Path, out: Path, evaluation: Path | None = None, ove
     if not (quantization and quantization.get("distilled")):
         raise UserError(f"{student} is no student of flux_jax.distill.")
     with atomic.WholeFolder(out, overwrite=overwrite, ours=writer.no_checkpoint) as folder:
-        try:
-            shutil.copytree(stored.directory, folder.working, dirs_exist_ok=True)
-            for name, content in card_files(student_card(quantization, evaluation), evaluation).items():
-                (folder.working / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder.working / name).write_bytes(content)
-        except OSError as error:
-            raise places.cannot_write(out, error) from error
+        shutil.copytree(stored.directory, folder.working, dirs_exist_ok=True)
+        for name, content in card_files(student_card(quantization, evaluation), evaluation).items():
+            (folder.working / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder.working / name).write_bytes(content)
         checksums.write(folder.working)
         folder.publish()
 

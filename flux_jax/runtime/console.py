@@ -13,9 +13,13 @@ import math
 import os
 import select
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from flux_jax.errors import printable
+
+_turned_away = threading.Lock()  # stderr, which is the process's and not a thread's
 
 
 def say(text: str) -> None:
@@ -77,6 +81,25 @@ def make_unfailing() -> None:
             write_through=before.write_through if before else False,
         )
         setattr(sys, name, stream)
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Nothing is written to the process's stderr inside, by whatever writes there past Python: a library written in
+    another language, whose failures are raised all the same. One thread at a time turns it away, and back."""
+    with _turned_away:
+        try:
+            kept = os.dup(2)
+        except OSError:  # it is closed: nobody hears
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def flush() -> None:

@@ -195,10 +195,6 @@ class Comparison:
             yield task, np.full((2, 3, 4), 1 + task.index + (side == "b"), np.float32)
 
     @staticmethod
-    def before(folder):
-        pass
-
-    @staticmethod
     def work(folder):
         drawing._draw = Comparison.draw
         with locks.alone(out := folder / "out"):

@@ -36,11 +36,9 @@ def original(tiny_published_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def pristine(original, tmp_path_factory):
+def pristine(tiny_published_folder):
     """The same as a diffusers folder."""
-    folder = tmp_path_factory.mktemp("published") / "folder"
-    assert main(["--to", "diffusers", str(original), str(folder), "-q"]) == 0
-    return folder
+    return tiny_published_folder
 
 
 @pytest.fixture

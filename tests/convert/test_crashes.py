@@ -21,10 +21,6 @@ class Conversion:
 
     WORDS = ("nano-bf16", "out", "--ternary", "--parts", "transformer", "-q")
 
-    @staticmethod
-    def before(folder: Path) -> None:
-        pass
-
     @classmethod
     def work(cls, folder: Path) -> None:
         words = [str(folder / word) if word == "out" else word for word in cls.WORDS]
@@ -71,10 +67,6 @@ class Export(Conversion):
 
 class Picture:
     """A picture with its record, as a generation writes it."""
-
-    @staticmethod
-    def before(folder: Path) -> None:
-        pass
 
     @staticmethod
     def work(folder: Path) -> None:

@@ -30,17 +30,10 @@ FILES = {
 CONFIG = tiny_model.published_config()
 
 
-@pytest.fixture(scope="module")
-def pristine(tiny_published_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("published") / "folder"
-    assert main(["--to", "diffusers", str(tiny_published_checkpoint), str(folder), "-q"]) == 0
-    return folder
-
-
 @pytest.fixture
-def folder(pristine, tmp_path):
+def folder(tiny_published_folder, tmp_path):
     """A copy that a test may change."""
-    return shutil.copytree(pristine, tmp_path / "source")
+    return shutil.copytree(tiny_published_folder, tmp_path / "source")
 
 
 def tensors_of(source):

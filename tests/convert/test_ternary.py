@@ -35,11 +35,9 @@ def original(tiny_published_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def folder(original, tmp_path_factory):
+def folder(tiny_published_folder):
     """The same as a diffusers folder."""
-    out = tmp_path_factory.mktemp("published") / "folder"
-    assert main(["--to", "diffusers", str(original), str(out), "-q"]) == 0
-    return out
+    return tiny_published_folder
 
 
 @pytest.fixture(scope="module")

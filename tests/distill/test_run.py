@@ -366,10 +366,6 @@ class Distillation:
     """A whole one, of the teacher in a folder that the environment names."""
 
     @staticmethod
-    def before(folder: Path) -> None:
-        pass
-
-    @staticmethod
     def work(folder: Path) -> None:
         Metrics.plot = lambda self: None  # takes longer than the training
         assert main(words(Path(os.environ["TINY_TEACHER"]), str(folder / "out"))) == 0

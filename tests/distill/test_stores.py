@@ -55,10 +55,13 @@ def test_a_full_disk_is_a_sentence(tmp_path):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with memmap_store.StoreWriter(tmp_path / "store", {"x": ((4,), "float32")}) as writer:
-        writer._files["x"] = SimpleNamespace(seek=lambda _: None, write=full)
-        with pytest.raises(UserError, match="disk is full"):
+    def fill():
+        with memmap_store.StoreWriter(tmp_path / "store", {"x": ((4,), "float32")}) as writer:
+            writer._files["x"] = SimpleNamespace(seek=lambda _: None, write=full)
             writer.write(0, {"x": np.zeros(4, np.float32)})
+
+    with pytest.raises(UserError, match="disk is full"):
+        fill()
     assert not list(tmp_path.iterdir())
 
 
@@ -130,10 +133,6 @@ class States:
 
     BLOCKS = ("double_blocks.0", "single_blocks.0", "single_blocks.1")
     POINTS, WIDTH, SIZE = 6, 2, 3
-
-    @staticmethod
-    def before(folder: Path) -> None:
-        pass
 
     @staticmethod
     def work(folder: Path) -> None:

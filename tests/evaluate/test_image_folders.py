@@ -82,10 +82,6 @@ class Folder:
     SETTINGS: ClassVar = {"seed": 42}
 
     @staticmethod
-    def before(folder: Path) -> None:
-        pass
-
-    @staticmethod
     def work(folder: Path) -> None:
         image_folders.stamp(folder / "out", Folder.SETTINGS)
         before = len(list(folder.rglob("*.png")))

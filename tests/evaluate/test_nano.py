@@ -67,10 +67,6 @@ class Evaluation:
     EVERY = 97
 
     @staticmethod
-    def before(folder):
-        pass
-
-    @staticmethod
     def work(folder):
         locks.sweep(folder)
         nano.evaluate(Painter(perfect), folder / "out", every=Evaluation.EVERY)

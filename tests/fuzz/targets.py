@@ -6,8 +6,10 @@ consistent input that says something else). Everything that must never be is a `
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -39,7 +41,8 @@ from flux_jax.models.params import leaves
 from tests.fuzz import cases, mutations
 
 # What no input may have opened, or done.
-ELSEWHERE = re.compile(r"/etc/|/dev/(?!null|urandom|fd)|/home/|/root/\.ssh|socket|subprocess|os\.system|pickle")
+KEYS = re.escape(str(Path.home() / ".ssh"))
+ELSEWHERE = re.compile(rf"/etc/|/dev/(?!null|urandom|fd)|/home/|{KEYS}|socket|subprocess|os\.system|pickle")
 LINES = 45  # of a message: one for each fault of a conversion, and a few more
 PROMPT = "a red circle to the left of two blue squares"
 
@@ -155,20 +158,17 @@ class CheckpointTarget(Target):
         return found
 
     def cases(self) -> list[Callable[[], str]]:
-        def maker(number: int, component: str, hashed: bool) -> Callable[[], str]:
-            def make() -> str:
-                remove(self.input)
-                shutil.copytree(self.base, self.input)
-                cases.CHECKPOINT[number](self.input)
-                self.component, self.rehashed = component, hashed
-                if hashed:
-                    self._hash_again()
-                return f"case {number}, of the {component}{', hashed again' if hashed else ''}"
+        asked = itertools.product(range(len(cases.CHECKPOINT)), ("t5", "clip"), (False, True))
+        return [functools.partial(self._known, *each) for each in asked]
 
-            return make
-
-        numbers = range(len(cases.CHECKPOINT))
-        return [maker(i, part, hashed) for i in numbers for part in ("t5", "clip") for hashed in (False, True)]
+    def _known(self, number: int, component: str, hashed: bool) -> str:
+        remove(self.input)
+        shutil.copytree(self.base, self.input)
+        cases.CHECKPOINT[number](self.input)
+        self.component, self.rehashed = component, hashed
+        if hashed:
+            self._hash_again()
+        return f"case {number}, of the {component}{', hashed again' if hashed else ''}"
 
     def make(self, random: Random) -> str:
         remove(self.input)
@@ -247,19 +247,16 @@ class SafetensorsTarget(Target):
         return json.loads(raw[8:]), body
 
     def cases(self) -> list[Callable[[], str]]:
-        def maker(number: int) -> Callable[[], str]:
-            def make() -> str:
-                remove(self.input)
-                self.input.mkdir()
-                header, body = self._file(list(self.tensors))
-                text = json.dumps(header).encode()
-                (self.input / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body)
-                cases.SAFETENSORS[number](self.input)
-                return f"case {number}"
+        return [functools.partial(self._known, number) for number in range(len(cases.SAFETENSORS))]
 
-            return make
-
-        return [maker(number) for number in range(len(cases.SAFETENSORS))]
+    def _known(self, number: int) -> str:
+        remove(self.input)
+        self.input.mkdir()
+        header, body = self._file(list(self.tensors))
+        text = json.dumps(header).encode()
+        (self.input / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body)
+        cases.SAFETENSORS[number](self.input)
+        return f"case {number}"
 
     def make(self, random: Random) -> str:
         remove(self.input)
@@ -373,29 +370,24 @@ class PictureTarget(Target):
         self.consistent = False
 
     def cases(self) -> list[Callable[[], str]]:
-        def maker(where: str, text: str) -> Callable[[], str]:
-            def make() -> str:
-                remove(self.input)
-                self.consistent = True
-                self.input.write_text(json.dumps(self.record))
-                cases.written(self.input, where.split("/"), text)
-                record = self.input.read_text("utf-8", errors="surrogatepass")
-                self.input.write_bytes(self._png(Random(0), record))
-                return f"{where} is {text[:40]}"
+        records = [(where, text) for where, texts in cases.RECORDS.items() for text in texts]
+        known = [functools.partial(self._known_record, *each) for each in records]
+        return known + [functools.partial(self._known_chunk, name) for name in mutations.HARM]
 
-            return make
+    def _known_record(self, where: str, text: str) -> str:
+        remove(self.input)
+        self.consistent = True
+        self.input.write_text(json.dumps(self.record))
+        cases.written(self.input, where.split("/"), text)
+        record = self.input.read_text("utf-8", errors="surrogatepass")
+        self.input.write_bytes(self._png(Random(0), record))
+        return f"{where} is {text[:40]}"
 
-        def chunked(name: str) -> Callable[[], str]:
-            def make() -> str:
-                remove(self.input)
-                self.consistent = True
-                self.input.write_bytes(mutations.with_chunk(self._png(Random(0), json.dumps(self.record)), name))
-                return name
-
-            return make
-
-        known = [maker(where, text) for where, texts in cases.RECORDS.items() for text in texts]
-        return known + [chunked(name) for name in mutations.HARM]
+    def _known_chunk(self, name: str) -> str:
+        remove(self.input)
+        self.consistent = True
+        self.input.write_bytes(mutations.with_chunk(self._png(Random(0), json.dumps(self.record)), name))
+        return name
 
     def make(self, random: Random) -> str:
         remove(self.input)

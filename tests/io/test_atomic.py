@@ -28,10 +28,6 @@ class NewFolder:
     """A folder where there was none."""
 
     @staticmethod
-    def before(folder: Path) -> None:
-        pass
-
-    @staticmethod
     def work(folder: Path) -> None:
         if NewFolder.whole(folder) == "new":
             with pytest.raises(UserError, match="exists already"):
@@ -86,10 +82,6 @@ class MovedFolder(ReplacedFolder):
 
 class NewFile:
     """A file where there was none."""
-
-    @staticmethod
-    def before(folder: Path) -> None:
-        pass
 
     @staticmethod
     def work(folder: Path) -> None:
